@@ -1,0 +1,1 @@
+"""Vector quantisation: the code whose codebook entry is nearest by squared L2 distance (MaskGIT-VQGAN)."""

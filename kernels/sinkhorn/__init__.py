@@ -1,0 +1,7 @@
+"""Sinkhorn-Knopp assignment of tokens to prototypes (STELLAR, section "Online clustering").
+
+M <- exp(M + 50 - column maximum)
+repeat:  M <- M / (column sum + 1e-8) ** scale
+         M <- M / (row sum + 1e-8)
+Columns are prototypes, rows are tokens of the whole batch: the columns are balanced, then each row becomes a target.
+"""

@@ -1,0 +1,254 @@
+"""The objective of a training step: reconstruction, online clustering, masked tokens, CLS, KoLeo.
+
+B images, V views, K sparse tokens, T target rows, C prototypes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stellar_fast.models.decoder import Decoder
+from stellar_fast.models.encoder import StellarEncoder
+from stellar_fast.models.teacher import Teacher
+from stellar_fast.models.vqgan import VQGAN
+from stellar_fast.nn.color_augment import ColorAugment
+from stellar_fast.nn.masking import random_keep_indices
+from stellar_fast.nn.prototype_head import PrototypeHead
+from stellar_fast.ops import koleo, prototype_cross_entropy, sinkhorn_knopp, token_match
+
+PIXEL_WEIGHT = 10.0
+CODE_WEIGHT = 0.05
+KOLEO_WEIGHT = 0.1
+
+
+class Loss(NamedTuple):
+    """What a step minimises."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """The training half of a StellarModel: one step's losses. The model's constructor sets what is declared here."""
+
+    encoder: StellarEncoder
+    decoder: Decoder | None
+    tokenizer: VQGAN | None
+    clustering_head: PrototypeHead | None
+    cls_cluster_head: PrototypeHead | None
+    teacher: Teacher | None
+    color_augment: ColorAugment | None
+    assign: Callable[[Tensor], Tensor]  # logits (B, K, C) -> targets (rows, C)
+    do_recon: bool
+    do_koleo: bool
+    do_cls: bool
+    do_masking: bool
+    do_cropping: bool
+    hungarian_match: bool
+    num_masks: int
+    num_local_crops: int
+    masking_ratio: float
+    focal_mode: str | None
+    focal_probability: float | None
+    logits_temp: float
+    koleo_min_distance: float
+
+    def training_step(
+        self, batch: Mapping[str, Tensor], keep_indices: Tensor | None, generator: torch.Generator | None
+    ) -> dict[str, Any]:
+        """The predictions of a training forward; see `StellarModel.forward`."""
+        views = require(batch, "global_views")
+        masked_views, local_views = self._check_views(batch, views)
+        clean = views[:, 0]
+        B, V = views.shape[0], self.num_masks
+        cls, dense, sparse = self.encoder.tokens(clean)
+        predictions: dict[str, Any] = {"metrics": {}}
+        if self.do_recon:
+            self._reconstruction(predictions, clean, dense, sparse)
+        targets = self._targets(predictions, views, cls, sparse)
+
+        if self.do_masking:
+            grid = self.encoder.grid(clean)
+            if keep_indices is None:
+                keep_indices = random_keep_indices(
+                    B * V,
+                    grid,
+                    self.masking_ratio,
+                    focal_mode=self.focal_mode,
+                    focal_probability=self.focal_probability,
+                    generator=generator,
+                    device=views.device,
+                )
+            predictions["keep_indices"] = keep_indices
+            masked = self._augment(masked_views.flatten(0, 1), generator)
+            masked_cls, _, masked_sparse = self.encoder.tokens(masked, keep_indices)
+            self._mask_loss(predictions, masked_sparse, targets)
+        if self.do_koleo:
+            loss = koleo(sparse, min_distance=self.koleo_min_distance)
+            if self.do_masking:
+                loss = loss + koleo(masked_sparse, min_distance=self.koleo_min_distance)
+            predictions["koleo_loss"] = KOLEO_WEIGHT * loss
+        if self.do_cls:
+            student_cls = [masked_cls] if self.do_masking else []
+            if self.do_cropping:
+                local = self._augment(local_views.flatten(0, 1), generator)
+                student_cls.append(self.encoder.tokens(local)[0])
+            if student_cls:
+                predictions["cls_loss"] = sum(self._cls_loss(x, targets["cls"]) for x in student_cls)
+        return predictions
+
+    def loss(self, predictions: Mapping[str, Any]) -> Loss:
+        """The total and its named parts.
+
+        Args:
+            predictions: of a training forward.
+
+        Returns:
+            `Loss(total, parts)`: total = 10 MSE, or 0.05 VQ-CE, plus every name that contains "loss"; parts are those
+            terms, the reconstruction unweighted.
+        """
+        parts = {name: value for name, value in predictions.items() if "loss" in name}
+        total = sum(parts.values(), torch.zeros(()))
+        for name, weight in (("MSE", PIXEL_WEIGHT), ("VQ-CE", CODE_WEIGHT)):
+            if name in predictions:
+                parts[name] = predictions[name]
+                total = total + weight * predictions[name]
+        return Loss(total, parts)
+
+    def _check_views(self, batch: Mapping[str, Tensor], views: Tensor) -> tuple[Tensor, Tensor]:
+        """The masked and the local views, as many as are used."""
+        if views.dim() != 5:
+            raise ValueError(f"global_views must be (B, V, 3, H, W) but has shape {tuple(views.shape)}")
+        needed = max(self.num_masks if self.do_masking else 1, 2 if self.teacher is not None else 1)
+        if views.shape[1] < needed:
+            raise ValueError(
+                f"global_views has {views.shape[1]} views but the model needs {needed} (num_masks {self.num_masks})"
+            )
+        masked = views[:, : self.num_masks]
+        if not (self.do_cls and self.do_cropping):
+            return masked, masked[:, :0]
+        local = require(batch, "local_views")
+        if local.dim() != 5 or local.shape[0] != views.shape[0]:
+            raise ValueError(f"local_views must be ({views.shape[0]}, L, 3, h, w) but has shape {tuple(local.shape)}")
+        if local.shape[1] < self.num_local_crops:
+            raise ValueError(f"local_views has {local.shape[1]} views but num_local_crops is {self.num_local_crops}")
+        return masked, local[:, : self.num_local_crops]
+
+    def _augment(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        return images if self.color_augment is None else self.color_augment(_to_float(images), generator)
+
+    def _reconstruction(self, predictions: dict[str, Any], clean: Tensor, dense: Tensor, sparse: Tensor) -> None:
+        assert self.decoder is not None
+        grid, patch = self.encoder.grid(clean), self.encoder.config.patch_size
+        lowrank, spatial, _ = self.encoder.localize(dense, sparse)
+        predictions["metrics"]["token_entropy"] = token_entropy(spatial)
+        target = _to_float(clean)[..., : grid[0] * patch, : grid[1] * patch]
+        predictions["x_original"] = target
+        x_hat = predictions["x_hat"] = self.decoder(lowrank, grid)
+        if self.tokenizer is None:
+            predictions["MSE"] = F.mse_loss(x_hat.float(), target.float())
+            return
+        step = self.tokenizer.config.downscale
+        if step != patch:  # so that there is one code a patch
+            target = F.interpolate(target, size=(grid[0] * step, grid[1] * step), mode="bicubic", align_corners=False)
+        codes = predictions["vq_codes"] = self.tokenizer.encode(target).flatten(1)
+        predictions["VQ-CE"] = F.cross_entropy(x_hat.float().flatten(0, 1), codes.flatten())
+
+    def _targets(self, predictions: dict[str, Any], views: Tensor, cls: Tensor, sparse: Tensor) -> dict[str, Tensor]:
+        """The clean view's losses, and the targets: tokens (B, K, D), assignments sparse (B * K, C) and cls (B, C)."""
+        targets = {"tokens": sparse.detach()}
+        if self.clustering_head is None:
+            return targets
+        logits = self.clustering_head(sparse)
+        clean_index = None
+        if self.teacher is None:
+            targets["sparse"] = self.assign(logits)
+        else:
+            with torch.no_grad():
+                teacher_cls, _, teacher_sparse = self.teacher.encoder.tokens(views[:, 1])
+                targets = {
+                    "tokens": teacher_sparse,
+                    "sparse": self.assign(self.teacher.clustering_head(teacher_sparse)),
+                }
+                if self.teacher.cls_cluster_head is not None:
+                    targets["cls"] = self.assign(self.teacher.cls_cluster_head(teacher_cls))
+            index = match(sparse[:, None], teacher_sparse, self.hungarian_match)
+            predictions["match_index_clean"] = index[:, 0]
+            clean_index = target_rows(index)
+        predictions["clustering_loss"] = self._cross_entropy(logits, targets["sparse"], clean_index)
+        metrics = predictions["metrics"]
+        metrics["target_entropy"], metrics["prototypes_used"] = assignment_metrics(targets["sparse"])
+        if self.cls_cluster_head is not None:
+            cls_logits = self.cls_cluster_head(cls)
+            if self.teacher is None:
+                targets["cls"] = self.assign(cls_logits)
+            predictions["cls_clustering_loss"] = self._cross_entropy(cls_logits, targets["cls"], None)
+            metrics["cls_target_entropy"], metrics["cls_prototypes_used"] = assignment_metrics(targets["cls"])
+        return targets
+
+    def _mask_loss(self, predictions: dict[str, Any], masked_sparse: Tensor, targets: dict[str, Tensor]) -> None:
+        assert self.clustering_head is not None
+        index = match(masked_sparse.unflatten(0, (-1, self.num_masks)), targets["tokens"], self.hungarian_match)
+        predictions["match_index_masked"] = index.flatten(0, 1)
+        logits = self.clustering_head(masked_sparse)
+        predictions["mask_loss"] = self._cross_entropy(logits, targets["sparse"], target_rows(index))
+
+    def _cls_loss(self, cls: Tensor, targets: Tensor) -> Tensor:
+        assert self.cls_cluster_head is not None
+        index = image_rows(targets.shape[0], cls.shape[0] // targets.shape[0], cls.device)
+        return self._cross_entropy(self.cls_cluster_head(cls), targets, index)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, index: Tensor | None) -> Tensor:
+        return prototype_cross_entropy(logits.flatten(0, 1), targets, index=index, temperature=self.logits_temp)
+
+
+def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int, scale: float) -> Tensor:
+    """Sinkhorn-Knopp targets (rows, C) of logits (B, K, C), over the joined rows of all ranks."""
+    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    group = dist.group.WORLD if distributed else None
+    rows = logits.detach().flatten(0, 1)
+    return sinkhorn_knopp(rows, temperature=temperature, iterations=iterations, scale=scale, group=group)
+
+
+def match(pred_BVKD: Tensor, target_BKD: Tensor, hungarian: bool) -> Tensor:
+    """Target token of each predicted token, (B, V, K); without matching token k learns from token k."""
+    if hungarian:
+        return token_match(pred_BVKD.detach(), target_BKD.detach())
+    B, V, K, _ = pred_BVKD.shape
+    return torch.arange(K, device=pred_BVKD.device).expand(B, V, K)
+
+
+def target_rows(index_BVK: Tensor) -> Tensor:
+    """Token indices within each image to rows of the (B * K, C) targets, flattened in order (image, view, token)."""
+    B, _, K = index_BVK.shape
+    return (index_BVK + K * torch.arange(B, device=index_BVK.device)[:, None, None]).flatten()
+
+
+def image_rows(num_images: int, num_views: int, device: torch.device) -> Tensor:
+    """Rows of the (B, C) CLS targets in order (image, view), (B * V,)."""
+    return torch.arange(num_images, device=device).repeat_interleave(num_views)
+
+
+def assignment_metrics(targets_TC: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean entropy of the targets in nats, and how many prototypes are some token's first choice."""
+    used = torch.zeros(targets_TC.shape[1], device=targets_TC.device).scatter_(0, targets_TC.argmax(dim=1), 1.0).sum()
+    return torch.special.entr(targets_TC).sum(dim=1).mean(), used
+
+
+def token_entropy(spatial_BPK: Tensor) -> Tensor:
+    """Entropy in nats of how an image's patches are shared out among its tokens: log K is evenly, 0 is all to one."""
+    return torch.special.entr(spatial_BPK.detach().float().mean(dim=1)).sum(dim=-1).mean()
+
+
+def require(batch: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in batch:
+        raise ValueError(f"the batch has no {name!r}, only {', '.join(map(repr, batch))}")
+    return batch[name]
+
+
+def _to_float(images: Tensor) -> Tensor:
+    return images.float() / 255 if images.dtype == torch.uint8 else images

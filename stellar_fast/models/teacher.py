@@ -1,0 +1,29 @@
+"""The momentum teacher."""
+
+import copy
+
+import torch
+from torch import nn
+
+from stellar_fast.models.encoder import SparseViT, StellarEncoder
+from stellar_fast.nn.prototype_head import PrototypeHead
+
+
+class Teacher(nn.Module):
+    """Moving average of the trunk, the sparse tokens and the heads; starts as a copy and has no gradient."""
+
+    def __init__(self, encoder: StellarEncoder, clustering_head: PrototypeHead, cls_head: PrototypeHead | None) -> None:
+        super().__init__()
+        self.encoder = SparseViT(encoder.config, encoder.num_sparse_tokens)
+        names = self.encoder.state_dict()
+        self.encoder.load_state_dict({name: t for name, t in encoder.state_dict().items() if name in names})
+        self.clustering_head = copy.deepcopy(clustering_head)
+        self.cls_cluster_head = copy.deepcopy(cls_head)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """``m teacher + (1 - m) student`` over all tensors, those that never touch the output included."""
+        theirs = student.state_dict(keep_vars=True)
+        pairs = [(ours.detach(), theirs[name].detach()) for name, ours in self.state_dict(keep_vars=True).items()]
+        torch._foreach_lerp_([ours for ours, _ in pairs], [their for _, their in pairs], 1 - momentum)

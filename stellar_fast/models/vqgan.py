@@ -1,0 +1,186 @@
+"""MaskGIT-VQGAN, frozen: images to codes and back. B images, h x w codes, E code width."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stellar_fast.models.config import VQGANConfig
+from stellar_fast.models.weights import load_tensors
+from stellar_fast.ops import nearest_code
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice.
+
+    Where the width changes, the shortcut reads the second convolution's output: an upstream quirk that the published
+    weights depend on.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution; a decoder level above the finest ends in nearest x2 and a convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, upsample: bool = False) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(ResBlock(i, o) for i, o in pairwise(widths))
+        if upsample:
+            self.upsample_conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if hasattr(self, "upsample_conv"):
+            x = self.upsample_conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return x
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) to z (B, E, h, w)."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        widths = [config.hidden_channels * m for m in (1, *config.channel_mult)]
+        self.conv_in = nn.Conv2d(config.num_channels, widths[0], 3, padding=1, bias=False)
+        self.down = nn.ModuleList(Level(i, o, config.num_res_blocks) for i, o in pairwise(widths))
+        self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks))
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for i, level in enumerate(self.down):
+            x = level(x)
+            if i < len(self.down) - 1:
+                x = F.avg_pool2d(x, 2)
+        for block in self.mid:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """z (B, E, h, w) to image (B, 3, H, W); `up.0` is the finest level and runs last."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        widths = [config.hidden_channels * m for m in config.channel_mult]
+        inputs = [*widths[1:], widths[-1]]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks))
+        self.up = nn.ModuleList(
+            Level(inputs[i], widths[i], config.num_res_blocks, upsample=i > 0) for i in range(len(widths))
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.num_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.conv_in(z)
+        for block in self.mid:
+            z = block(z)
+        for level in reversed(self.up):
+            z = level(z)
+        return self.conv_out(F.silu(self.norm_out(z)))
+
+
+class Quantizer(nn.Module):
+    """Holds the codebook."""
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.num_embeddings, config.z_channels)
+
+
+class VQGAN(nn.Module):
+    """Frozen MaskGIT-VQGAN (arXiv 2202.04200): RGB in [0, 1], not normalised further, to a grid of codes and back.
+
+    Its parameters need no gradient, but gradients pass through to its input.
+    """
+
+    def __init__(self, config: VQGANConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or VQGANConfig()
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+        self.quantize = Quantizer(self.config)
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of images.
+
+        Args:
+            images: (B, 3, H, W) floating in [0, 1]; H and W multiples of 16 (of `config.downscale`).
+
+        Returns:
+            (B, H / 16, W / 16) int64.
+
+        Raises:
+            ValueError: another shape.
+        """
+        channels, step = self.config.num_channels, self.config.downscale
+        if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % step or images.shape[3] % step:
+            raise ValueError(
+                f"images must be (B, {channels}, H, W), sides multiples of {step}, not {tuple(images.shape)}"
+            )
+        z = self.encoder(images)
+        codes = nearest_code(z.permute(0, 2, 3, 1).flatten(0, 2), self.quantize.embedding.weight)
+        return codes.view(z.shape[0], *z.shape[2:])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of codes.
+
+        Args:
+            codes: (B, h, w) int64 below `config.num_embeddings`.
+
+        Returns:
+            (B, 3, 16 h, 16 w), clamped to [0, 1].
+
+        Raises:
+            ValueError: another shape or dtype, or a code that the codebook does not have (read on a CPU).
+        """
+        if codes.dim() != 3 or codes.dtype != torch.int64:
+            raise ValueError(f"codes must be (B, h, w) int64 but are {tuple(codes.shape)} {codes.dtype}")
+        size = self.config.num_embeddings
+        if codes.device.type == "cpu" and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise ValueError(f"codes span [{int(codes.min())}, {int(codes.max())}] but the codebook has {size} entries")
+        return self.decoder(self.quantize.embedding(codes).permute(0, 3, 1, 2)).clamp(0, 1)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: VQGANConfig | None = None) -> "VQGAN":
+        """Load a state dict, such as the published `maskgit-vqgan-imagenet-f16-256.bin`, or safetensors.
+
+        Args:
+            path: of the file; pickled files are read with weights_only=True.
+            config: sizes; None takes the published model's.
+
+        Raises:
+            FileNotFoundError: no such file.
+            RuntimeError: missing, unexpected or misshapen tensors, named.
+        """
+        model = cls(config)
+        tensors: dict[str, Any] = {k.removeprefix("tokenizer."): v for k, v in load_tensors(path).items()}
+        model.load_state_dict(tensors, strict=True)
+        return model

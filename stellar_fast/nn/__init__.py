@@ -1,0 +1,1 @@
+"""Thin modules: parameters and one call."""
