@@ -1,0 +1,212 @@
+"""The maths of measuring, with a clock of our own, and one small run from end to end."""
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import measure, run, shapes
+from benchmarks.measure import Row
+from benchmarks.model import pair, step
+
+
+def row(**changes) -> Row:
+    text = {field.name: "x" for field in dataclasses.fields(Row) if field.type is str}
+    numbers = {field.name: 1 for field in dataclasses.fields(Row) if field.type is not str}
+    return Row(**text | numbers | changes)
+
+
+def test_summary_is_median_and_percentiles() -> None:
+    assert measure.summarise([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == measure.Summary(3.5, 2.0, 5.0)
+    with pytest.raises(ValueError, match="0 samples"):
+        measure.summarise([])
+
+
+def test_ratio_is_of_medians_and_its_spread_of_rounds() -> None:
+    # the third round was slow for both sides: the ratio of rounds is not moved by it
+    speed = measure.ratio([10.0, 12.0, 40.0], [5.0, 4.0, 20.0])
+    assert speed.median == pytest.approx(12 / 5)
+    assert (speed.p20, speed.p80) == pytest.approx((2.0, 2.6))
+    with pytest.raises(ValueError, match=r"2 .* 1 "):
+        measure.ratio([1.0, 2.0], [1.0])
+
+
+class FakeClock:
+    """A timer that remembers whom it timed and answers with set times."""
+
+    def __init__(self, times_ms: dict[str, float]) -> None:
+        self.times_ms, self.order = times_ms, []
+
+    def __call__(self, call) -> float:
+        self.order.append(call())
+        return self.times_ms[self.order[-1]] + len(self.order)
+
+
+def test_rounds_alternate_the_order() -> None:
+    clock = FakeClock({"a": 10.0, "b": 20.0})
+    samples = measure.interleave({"a": lambda: "a", "b": lambda: "b"}, clock, rounds=3, budget_s=0)
+    assert clock.order == ["a", "b", "b", "a", "a", "b"]
+    assert samples == {"a": [11.0, 14.0, 15.0], "b": [22.0, 23.0, 26.0]}
+
+
+@pytest.mark.parametrize(("budget_s", "rounds"), [(0.0, 3), (20.0, 6), (1e9, 200)])
+def test_budget_sets_the_rounds(budget_s: float, rounds: int) -> None:
+    seen = []
+    clock = FakeClock({"a": 3000.0})
+    measure.interleave({"a": lambda: "a"}, clock, None, budget_s, lambda done, total: seen.append((done, total)))
+    assert len(clock.order) == rounds
+    assert seen[-1] == (rounds, rounds)
+
+
+def test_wall_clock_and_peak_memory_of_a_known_call() -> None:
+    def call() -> None:
+        torch.ones(16 * 2**20)
+
+    assert measure.wall_ms(call) > 0
+    peak = measure.peak_extra_mib(call, torch.device("cpu"))
+    assert peak is None or 60 < peak < 128
+
+
+def test_gemm_counts_its_flops_and_keeps_the_dtype() -> None:
+    call, flops = measure.gemm(torch.float32, torch.device("cpu"))
+    assert flops == 2 * 2 * 2048 * 1024 * 2048
+    assert call() is None
+
+
+def test_machine_facts_fill_their_columns() -> None:
+    facts = measure.machine_facts(torch.device("cpu"), "default")
+    filled = row(**facts)
+    assert filled.torch == torch.__version__
+    assert filled.threads == torch.get_num_threads()
+    assert "cores)" in filled.device_name
+    assert filled.date.endswith("Z")
+
+
+def test_allocator_setting_is_checked() -> None:
+    measure.set_allocator("default")
+    with pytest.raises(ValueError, match="'huge'"):
+        measure.set_allocator("huge")
+
+
+def test_result_file_grows_whole_and_keeps_its_columns(tmp_path) -> None:
+    facts = {"device_name": "AMD EPYC (2 cores)", "torch": "2.13.0+cpu", "date": "2031-01-02T03:04:05Z"}
+    path = measure.result_path(tmp_path / "results", facts)
+    assert path.name == "amd-epyc-2-cores-torch2.13.0-2031-01-02.csv"
+
+    measure.append_rows(path, [row(provider="plain", median_ms=1234.5678)])
+    measure.append_rows(path, [row(provider="ours", peak_extra_mib=None), row(shape="B=2, 224")])
+    with path.open() as file:
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    assert reader.fieldnames == [field.name for field in dataclasses.fields(Row)]
+    assert [line["provider"] for line in lines] == ["plain", "ours", "x"]
+    assert lines[0]["median_ms"] == "1234.57"
+    assert lines[1]["peak_extra_mib"] == ""
+    assert lines[2]["shape"] == "B=2, 224"
+    assert list(path.parent.iterdir()) == [path]
+
+    path.write_text("old,columns\n1,2\n")
+    with pytest.raises(ValueError, match="old,columns"):
+        measure.append_rows(path, [row()])
+    assert path.read_text() == "old,columns\n1,2\n"
+
+
+def test_every_column_is_explained() -> None:
+    for field in dataclasses.fields(Row):
+        assert field.name in measure.__doc__
+
+
+def test_flops_of_b16_by_part() -> None:
+    parts = shapes.forward_flops(shapes.model_shape("stellar-b16"))
+    gflop = {name: round(value / 1e9, 1) for name, value in parts.items()}
+    assert gflop == {"clean": 37.9, "masked": 77.0, "local": 72.9, "decoder": 7.9, "heads": 2.0}
+    shape = shapes.model_shape("b16")
+    assert shapes.step_flops(shape, 2) == 6 * sum(parts.values())
+    assert shapes.encode_flops(shape, 8) == 8 * parts["clean"]
+    assert (shape.num_kept, shape.local_size, shape.num_patches) == (39, 96, 196)
+
+
+def errors_of(ours: dict, plain: dict, exact: dict, dtype: torch.dtype) -> dict[str, float]:
+    checks = pair.compare({"plain": lambda: plain, "ours": lambda: ours}, lambda: exact, dtype)["ours"]
+    return {check.name: check.error for check in checks}
+
+
+def test_fp32_sides_must_agree_tightly() -> None:
+    exact = {"x": torch.tensor([3.0, 4.0]), "gradient.a": torch.tensor([3.0, 4.0])}
+    near = {name: value + torch.tensor([2.5e-4, 0.0]) for name, value in exact.items()}
+    errors = errors_of(near, exact, exact, torch.float32)
+    assert errors == pytest.approx({"x": 5.0, "gradient.a": 0.5}, rel=1e-2)
+
+
+def test_what_is_missing_misshapen_or_not_finite_is_wrong() -> None:
+    exact = {"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(2)}
+    ours = {"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(3), "extra": torch.ones(1)}
+    assert set(errors_of(ours, exact, exact, torch.float32).values()) == {float("inf")}
+
+
+def test_reduced_precision_is_held_against_plains_own_error() -> None:
+    exact, plain = {"x": torch.ones(4)}, {"x": torch.full((4,), 1.05)}
+    allowed = 2 * 0.05 + torch.finfo(torch.bfloat16).eps
+    near = errors_of({"x": torch.full((4,), 1.08)}, plain, exact, torch.bfloat16)
+    assert near["x"] == pytest.approx(0.08 / allowed, rel=1e-4)
+    assert errors_of({"x": torch.full((4,), 1.2)}, plain, exact, torch.bfloat16)["x"] > 1
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_passes() -> None:
+    exact = {"gradient.weight": torch.ones(100), "gradient.key_bias": torch.full((4,), 1e-9)}
+    ours = {"gradient.weight": torch.ones(100), "gradient.key_bias": torch.full((4,), -1e-8)}
+    assert max(errors_of(ours, exact, exact, torch.float32).values()) < 1
+
+
+def test_run_verifies_times_and_writes(tmp_path, capsys) -> None:
+    assert run.main(["--preset", "tiny", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    with path.open() as file:
+        lines = list(csv.DictReader(file))
+    cases = [(line["suite"], line["dtype"], line["provider"]) for line in lines]
+    expected = [(s, d, p) for s in ("encode", "step") for d in ("fp32", "bf16") for p in ("plain", "stellar_fast")]
+    assert cases == expected
+    for line in lines:
+        assert line["rounds"] == "2"
+        assert float(line["worst_check"]) < 1
+        assert float(line["flops"]) > 1e9
+        assert float(line["gflop_per_s"]) == pytest.approx(
+            float(line["flops"]) / float(line["median_ms"]) / 1e6, rel=1e-3
+        )
+    shown = capsys.readouterr().out
+    assert "stellar_fast" in shown
+    assert str(path) in shown
+
+
+def test_a_wrong_provider_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
+    def build_wrong(shape, plain):
+        model = pair.build_stellar_fast(shape, plain)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        return model
+
+    monkeypatch.setattr(step, "build_stellar_fast", build_wrong)
+    arguments = ["--preset", "tiny", "--suite", "step", "--dtype", "fp32", "--rounds", "1", "--out", str(tmp_path)]
+    assert run.main(arguments) == 1
+    (path,) = tmp_path.iterdir()
+    with path.open() as file:
+        assert [line["provider"] for line in csv.DictReader(file)] == ["plain"]
+    assert "stellar_fast is WRONG" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "b17"], "b17"),
+        (["--suite", "encode,fly"], "'fly'"),
+        (["--dtype", "int3"], "'int3'"),
+        (["--batch", "0"], "at least 1 but is 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

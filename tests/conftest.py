@@ -1,0 +1,98 @@
+"""Fixtures shared by all tests: the golden tensors, and models small enough for any machine."""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stellar_fast import DecoderConfig, EncoderConfig, StellarModel, VQGANConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("mse", "momentum", "no_cls_scaled_sk", "no_temperature", "vq", "vq_patch14")
+SMALL_ENCODER = EncoderConfig(48, 2, 3, 96, image_size=32, patch_size=8)
+SMALL_DECODER = DecoderConfig(32, 1, 2, 64, image_size=32, patch_size=8)
+SMALL_KWARGS: dict[str, Any] = {
+    "num_sparse_tokens": 4,
+    "num_clusters": 64,
+    "prototype_dim": 16,
+    "predictor_hidden_dim": 64,
+    "num_masks": 2,
+    "num_local_crops": 2,
+    "masking_ratio": 0.5,
+}
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One file of golden tensors: sizes, and tensors by the first part of their name."""
+
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix + "."): t for name, t in self.tensors.items() if name.startswith(prefix + ".")}
+
+    def model(self) -> StellarModel:
+        kwargs = dict(self.meta["kwargs"], color_augmentation=False)
+        if self.meta["vqgan"] is not None:
+            kwargs["vq_model"] = VQGANConfig(**self.meta["vqgan"])
+        model = StellarModel(
+            encoder=EncoderConfig(**self.meta["encoder"]),
+            decoder=DecoderConfig(**self.meta["decoder"]),
+            predictor_hidden_dim=self.meta["predictor_hidden_dim"],
+            **kwargs,
+        )
+        model.load_upstream_state_dict(self.part("weights"))
+        return model
+
+
+@functools.cache
+def read_golden(name: str) -> GoldenCase:
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        metadata = file.metadata()
+        return GoldenCase(json.loads(metadata["meta"]), {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+
+@pytest.fixture(scope="session")
+def golden_ops() -> dict[str, Tensor]:
+    return read_golden("ops").tensors
+
+
+@pytest.fixture
+def small_model() -> StellarModel:
+    torch.manual_seed(0)
+    return StellarModel(SMALL_ENCODER, SMALL_DECODER, color_augmentation=False, **SMALL_KWARGS)
+
+
+@pytest.fixture
+def small_batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "global_views": torch.rand(2, 2, 3, 32, 32, generator=generator),
+        "local_views": torch.rand(2, 2, 3, 16, 16, generator=generator),
+    }
+
+
+def mismatches(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], absolute: float = 1e-5, relative: float = 1e-4
+) -> list[str]:
+    """Names, with the largest error, of tensors that are missing, misshapen, or further off than the tolerance."""
+    wrong = []
+    for name, want in expected.items():
+        have = actual.get(name)
+        if have is None or have.shape != want.shape:
+            wrong.append(f"{name}: {None if have is None else tuple(have.shape)} is not {tuple(want.shape)}")
+        elif not want.is_floating_point():
+            if not torch.equal(have, want):
+                wrong.append(f"{name}: {(have != want).sum().item()} values differ")
+        else:
+            error = (have.double() - want.double()).abs()
+            if not bool((error <= absolute + relative * want.double().abs()).all()):
+                wrong.append(f"{name}: off by {error.max().item():.3g}")
+    return wrong

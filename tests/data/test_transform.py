@@ -1,0 +1,116 @@
+"""Views: sizes, seeds, the law of the random boxes, and the clean image."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stellar_fast.data import MultiViewTransform, eval_transform
+from stellar_fast.data.transform import centre_square, random_box
+
+
+def picture(height: int, width: int) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack((255 * x / (width - 1), 255 * y / (height - 1), 0 * x + 90), axis=2)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def test_shapes_and_dtype() -> None:
+    views = MultiViewTransform(32, 16, 3, 5)(picture(50, 70), seed=1)
+    assert list(views) == ["global_views", "local_views"]
+    assert views["global_views"].shape == (3, 3, 32, 32) and views["global_views"].dtype == torch.uint8
+    assert views["local_views"].shape == (5, 3, 16, 16) and views["local_views"].dtype == torch.uint8
+    assert MultiViewTransform(32, 16, 1, 0)(picture(50, 70), seed=1)["local_views"].shape == (0, 3, 16, 16)
+
+
+def test_the_seed_decides_alone() -> None:
+    transform, image = MultiViewTransform(24, 12, 4, 4), picture(50, 70)
+    first = transform(image, seed=5)
+    random.seed(0)
+    torch.manual_seed(0)
+    same, other = transform(np.asarray(image), seed=5), transform(image, seed=6)
+    for name in first:
+        assert torch.equal(first[name], same[name])
+        assert not torch.equal(first[name], other[name])
+    assert len({view.numpy().tobytes() for view in first["local_views"]}) == 4
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (65, 64), (64, 64)])
+def test_view_0_is_the_clean_central_square(height: int, width: int) -> None:
+    image = picture(height, width)
+    for seed in range(4):  # never flipped
+        clean = MultiViewTransform(32, 16, 2, 0)(image, seed)["global_views"][0].float()
+        left = (width - 64) / 2 * 255 / (width - 1)
+        assert abs(clean[0, :, 0].mean() - left) < 4 and abs(clean[0, :, -1].mean() - (255 - left)) < 4
+        assert clean[1, -1].mean() > clean[1, 0].mean() + 150
+
+
+def test_flips_come_at_their_probability() -> None:
+    image = picture(60, 60)
+    for probability in (0.0, 0.5, 1.0):
+        views = MultiViewTransform(8, 8, 201, 200, flip=probability)(image, seed=0)
+        flat = torch.cat((views["global_views"][1:], views["local_views"])).float()[:, 0]
+        mirrored = (flat[:, :, 0] > flat[:, :, -1]).all(dim=1)
+        assert abs(mirrored.double().mean().item() - probability) < 0.08
+
+
+@pytest.mark.parametrize("scale", [(0.36, 1.0), (0.06, 0.36)])
+def test_random_boxes_follow_their_law(scale: tuple[float, float]) -> None:
+    draw = random.Random(0)
+    height, width = 300, 330
+    boxes = np.array([random_box(height, width, scale, draw) for _ in range(4000)])
+    top, left, box_height, box_width = boxes.T
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + box_height <= height).all() and (left + box_width <= width).all()
+    area = box_height * box_width / (height * width)
+    ratio = np.log(box_width / box_height)
+    assert area.min() >= scale[0] * 0.98 and area.max() <= scale[1] * 1.02
+    assert np.abs(ratio).max() <= math.log(4 / 3) + 0.03
+    if scale[1] < 0.5:  # every draw fits: both are uniform
+        assert abs(area.mean() - sum(scale) / 2) < 0.01 and abs(np.median(area) - sum(scale) / 2) < 0.01
+        assert abs(ratio.mean()) < 0.01 and abs(ratio.std() - math.log(16 / 9) / math.sqrt(12)) < 0.01
+        slack = (height - box_height) > 0
+        assert abs((top / (height - box_height))[slack].mean() - 0.5) < 0.02
+        assert abs((left / (width - box_width)).mean() - 0.5) < 0.02
+
+
+def test_boxes_that_cannot_fit_fall_back_to_the_centre() -> None:
+    draw = random.Random(0)
+    assert random_box(10, 1000, (0.9, 1.0), draw) == (0, 493, 10, 13)
+    assert random_box(1000, 10, (0.9, 1.0), draw) == (493, 0, 13, 10)
+    assert random_box(1, 1, (0.06, 0.36), draw) == (0, 0, 1, 1)
+    assert centre_square(7, 4) == (1, 0, 4, 4)
+
+
+def test_tiny_images_give_views() -> None:
+    views = MultiViewTransform(16, 8, 2, 2)(Image.new("RGB", (1, 3), (1, 2, 3)), seed=0)
+    assert (views["global_views"] == torch.tensor([1, 2, 3], dtype=torch.uint8)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("size", [(300, 500), (500, 300), (40, 40), (224, 225)])
+def test_eval_transform(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    view = eval_transform(image, 56)
+    assert view.shape == (3, 56, 56) and view.dtype == torch.uint8
+    height, width = size
+    short = 64
+    scaled = image.resize((max(short, round(width * short / min(size))), max(short, round(height * short / min(size)))))
+    left, top = (scaled.width - 56) // 2, (scaled.height - 56) // 2
+    expected = np.asarray(scaled.crop((left, top, left + 56, top + 56))).transpose(2, 0, 1)
+    assert np.abs(view.numpy().astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((32, 16, 0, 1), "at least 1 global and 0 local views are needed but 0 and 1"),
+        ((32, 16, 1, 1, (0.5, 0.2)), r"global_scale .* is \(0.5, 0.2\)"),
+        ((32, 16, 1, 1, (0.5, 1.0), (0.0, 0.2)), r"local_scale .* is \(0.0, 0.2\)"),
+    ],
+)
+def test_wrong_arguments_raise(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultiViewTransform(*arguments)

@@ -1,0 +1,147 @@
+"""StellarEncoder as a user meets it: sizes, inputs, outputs, precision, torch.compile, export of errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stellar_fast import EncoderConfig, StellarEncoder, StellarOutput
+from stellar_fast.models.encoder import IMAGE_MEAN, IMAGE_STD
+from tests.conftest import SMALL_ENCODER
+
+
+@pytest.fixture
+def encoder() -> StellarEncoder:
+    torch.manual_seed(0)
+    return StellarEncoder(SMALL_ENCODER, num_sparse_tokens=4)
+
+
+def test_output_answers_to_attributes_and_keys(encoder):
+    output = encoder(torch.rand(2, 3, 32, 32))
+    assert isinstance(output, StellarOutput)
+    shapes = {name: tuple(tensor.shape) for name, tensor in output.items()}
+    assert shapes == {
+        "cls": (2, 1, 48),
+        "sparse": (2, 4, 48),
+        "dense": (2, 16, 48),
+        "spatial": (2, 16, 4),
+        "lowrank": (2, 16, 48),
+        "peak_dist": (2, 4),
+        "concat": (2, 4, 64),
+    }
+    assert output["sparse"] is output.sparse
+    torch.testing.assert_close(output.lowrank, output.spatial @ output.sparse)
+    torch.testing.assert_close(output.spatial.sum(-1), torch.ones(2, 16))
+    torch.testing.assert_close(output.concat[..., 48:], output.spatial.mT)
+    assert not output.peak_dist.requires_grad
+    with pytest.raises(KeyError, match="'tokens' is not one of cls, sparse"):
+        output["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "grid"), [(32, 32, (4, 4)), (40, 24, (5, 3)), (47, 8, (5, 1)), (8, 8, (1, 1))]
+)
+def test_any_size_and_the_remainder_is_ignored(encoder, height, width, grid):
+    images = torch.rand(1, 3, height, width)
+    output = encoder(images)
+    assert output.grid == grid
+    assert output.dense.shape[1] == grid[0] * grid[1]
+    cropped = encoder(images[..., : grid[0] * 8, : grid[1] * 8])
+    torch.testing.assert_close(output.dense, cropped.dense)
+
+
+def test_position_is_resized_by_size_and_cls_is_not(encoder):
+    position = encoder.position((6, 3))
+    table = encoder.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    expected = F.interpolate(table, size=(6, 3), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(position[:, 1:], expected.flatten(2).mT)
+    torch.testing.assert_close(position[:, :1], encoder.pos_embed[:, :1])
+
+
+def test_uint8_is_the_same_image(encoder):
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(pixels).sparse, encoder(pixels.float() / 255).sparse)
+
+
+def test_images_are_normalised_inside(encoder):
+    mean, std = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
+    images = torch.rand(1, 3, 32, 32)
+    seen = []
+    encoder.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encoder(images)
+    torch.testing.assert_close(seen[0], (images - mean) / std)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 32, 32), r"must be \(B, 3, H, W\) but has shape \(3, 32, 32\)"),
+        (torch.zeros(1, 4, 32, 32), r"has shape \(1, 4, 32, 32\)"),
+        (torch.zeros(1, 3, 32, 7), "32x7 pixels hold no patch of 8x8"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.int64), "uint8 or floating point .* is torch.int64"),
+        (torch.full((1, 3, 32, 32), 255.0), r"lie in \[0, 1\] but span \[255, 255\]"),
+        (torch.full((1, 3, 32, 32), -0.5), r"lie in \[0, 1\] but span \[-0.5, -0.5\]"),
+        (torch.full((1, 3, 32, 32), torch.nan), r"lie in \[0, 1\] but span \[nan, nan\]"),
+    ],
+)
+def test_wrong_images_are_named(encoder, images, message):
+    with pytest.raises(ValueError, match=message):
+        encoder(images)
+
+
+def test_presets():
+    with torch.device("meta"):
+        assert StellarEncoder("stellar-b8").num_sparse_tokens == 8
+        assert StellarEncoder("b24").num_sparse_tokens == 24
+        assert StellarEncoder("h16").config.patch_size == 14
+        parameters = sum(p.numel() for p in StellarEncoder("b16").parameters())
+    assert round(parameters / 1e6) == 87  # 86 M trunk, two projections
+    with pytest.raises(ValueError, match=r"unknown preset 'b17': choose one of b16, l16"):
+        StellarEncoder("b17")
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: EncoderConfig(hidden_size=50, num_attention_heads=12), "hidden_size 50 .* num_attention_heads 12"),
+        (lambda: EncoderConfig(image_size=8, patch_size=16), "image_size 8 is smaller than patch_size 16"),
+        (lambda: EncoderConfig(num_hidden_layers=0), "num_hidden_layers must be at least 1 but is 0"),
+        (lambda: StellarEncoder(SMALL_ENCODER, num_sparse_tokens=-1), "num_sparse_tokens must be at least 1 but is -1"),
+        (lambda: StellarEncoder(SMALL_ENCODER, spatial_temp=0.0), "spatial_temp must be positive or None but is 0.0"),
+    ],
+)
+def test_wrong_sizes_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_autocast_keeps_the_residual_stream_in_fp32(encoder):
+    images = torch.rand(2, 3, 32, 32)
+    exact = encoder(images)
+    stream, products = [], []
+    for block in encoder.transformer.blocks:
+        block.register_forward_hook(lambda _, __, out: stream.append(out.dtype))
+        block.mlp.fc1.register_forward_hook(lambda _, __, out: products.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = encoder(images)
+    assert stream == [torch.float32] * 2
+    assert products == [torch.bfloat16] * 2
+    assert output.spatial.dtype == torch.float32
+    assert 0 < (output.sparse - exact.sparse).abs().max() < 0.05
+
+
+def test_empty_batch_and_gradients_on_a_view(encoder):
+    assert encoder(torch.rand(0, 3, 32, 32)).sparse.shape == (0, 4, 48)
+    images = torch.rand(2, 32, 32, 3).permute(0, 3, 1, 2)  # not contiguous
+    torch.testing.assert_close(encoder(images).cls, encoder(images.contiguous()).cls)
+    encoder(images).lowrank.square().sum().backward()
+    assert all(p.grad is not None for name, p in encoder.named_parameters())
+    assert encoder.sparse_tokens.grad.abs().sum() > 0
+
+
+def test_compiled_without_graph_breaks_and_output_survives(encoder):
+    torch._dynamo.reset()
+    images = torch.rand(2, 3, 40, 24)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")(images)
+    assert isinstance(compiled, StellarOutput)
+    assert compiled.grid == (5, 3)
+    torch.testing.assert_close(compiled.lowrank, encoder(images).lowrank)

@@ -1,0 +1,104 @@
+"""The whole model against the golden tensors: outputs, losses, every gradient, teacher, matches and codes."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from stellar_fast import StellarModel, VQGANConfig
+from tests.conftest import CASES, GOLDEN, GoldenCase, mismatches, read_golden
+
+
+def train_once(model: StellarModel, case: GoldenCase, forward=None) -> dict[str, Tensor]:
+    """One forward and backward; the predictions with the total."""
+    model.update_teacher()
+    step = model if forward is None else forward
+    predictions = step(case.part("input"), keep_indices=case.tensors["train.keep_indices"])["predictions"]
+    total, _ = model.loss(predictions)
+    total.backward()
+    return {**predictions, "total": total.detach()}
+
+
+def assert_trains_as_golden(model: StellarModel, case: GoldenCase, forward=None) -> None:
+    predictions = train_once(model, case, forward)
+    assert mismatches(predictions, case.part("train")) == []
+    gradients = model.upstream_gradients()
+    assert set(gradients) == set(case.part("grad"))
+    assert mismatches(gradients, case.part("grad"), absolute=1e-4) == []
+    assert mismatches(model.upstream_state_dict(), case.part("after_update")) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eval_outputs(name):
+    case = read_golden(name)
+    model = case.model()
+    image = case.tensors["input.global_views"][:, 0]
+    expected = {key: t for key, t in case.part("eval").items() if key != "vq_decode"}
+    with torch.no_grad():
+        output = model({"image": image}, mode="eval")["predictions"]
+    assert mismatches(output, expected) == []
+    assert set(expected) == set(output)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_step(name):
+    case = read_golden(name)
+    assert_trains_as_golden(case.model(), case)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_step_with_gradient_checkpointing(name):
+    case = read_golden(name)
+    model = case.model()
+    model.gradient_checkpointing_enable()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        assert_trains_as_golden(model, case)
+    plain = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: plain.append(t.numel()) or t, lambda t: t):
+        train_once(case.model(), case)
+    assert sum(saved) < sum(plain), "checkpointing kept no fewer activations"
+
+
+# inductor takes a minute a case to compile: it gets the widest one of either head, the others stop at its input
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [(name, "inductor" if name in ("momentum", "vq") else "aot_eager") for name in CASES],
+)
+def test_training_step_compiled(name, backend):
+    torch._dynamo.reset()
+    case = read_golden(name)
+    model = case.model()
+    assert_trains_as_golden(model, case, torch.compile(model, fullgraph=True, backend=backend))
+
+
+@pytest.mark.parametrize("name", ["vq", "vq_patch14"])
+def test_vqgan_decodes_predicted_codes(name):
+    case = read_golden(name)
+    model = case.model()
+    codes = case.tensors["train.x_hat"].argmax(dim=-1)
+    side = math.isqrt(codes.shape[1])
+    assert model.tokenizer is not None
+    image = model.tokenizer.decode(codes.view(-1, side, side))
+    assert mismatches({"vq_decode": image}, {"vq_decode": case.tensors["eval.vq_decode"]}) == []
+    features = model.encode(case.tensors["input.global_views"][:, 0])
+    assert mismatches(model.reconstruct(features), {"reconstruction": case.tensors["eval.vq_decode"]}) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_come_back_under_upstreams_names(name):
+    case = read_golden(name)
+    expected = {key: t for key, t in case.part("weights").items() if not key.startswith("tokenizer.")}
+    exported = case.model().upstream_state_dict()
+    assert set(exported) == set(expected)
+    assert mismatches(exported, expected, absolute=0, relative=0) == []
+
+
+@pytest.mark.parametrize("name", ["stellar-b16", "stellar-l16", "stellar-h16"])
+def test_published_names_and_shapes(name):
+    published = json.loads((GOLDEN / "upstream_state_dict_shapes.json").read_text())[name]
+    with torch.device("meta"):
+        model = StellarModel(name, vq_model=VQGANConfig())
+    assert {key: list(t.shape) for key, t in model.upstream_state_dict().items()} == published

@@ -1,0 +1,91 @@
+import builtins
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from stellar_fast.train.loggers import JsonLines, RichProgress, TensorBoard
+
+
+def record(step: int, **values: object) -> dict:
+    return {
+        "step": step,
+        "epoch": 0.5,
+        "progress": step / 10,
+        "seconds": 1.0,
+        "images_per_second": 12.0,
+        "loss": 1.5,
+    } | values
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_json_lines_writes_every_nth_and_every_skipped_step(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path / "m.jsonl", every=2)
+    log.log(record(1))
+    log.log(record(2))
+    log.log(record(3, loss=float("nan"), skipped=["koleo_loss"]))
+    log.close()
+    assert [line["step"] for line in lines(tmp_path / "m.jsonl")] == [2, 3]
+    assert lines(tmp_path / "m.jsonl")[1]["loss"] is None  # NaN is not JSON
+
+
+def test_json_lines_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(record(step)) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    log = JsonLines(path, every=1, resume_step=2)
+    log.log(record(3, loss=9.0))
+    log.close()
+    assert [(line["step"], line["loss"]) for line in lines(path)] == [(1, 1.5), (2, 1.5), (3, 9.0)]
+
+
+def test_progress_on_a_terminal_shows_every_number() -> None:
+    stream = io.StringIO()
+    progress = RichProgress(Console(file=stream, force_terminal=True, width=120), every=1)
+    progress.log(record(4, mask_loss=2.25))
+    progress.log(record(5, mask_loss=float("nan"), skipped=["mask_loss"]))
+    progress.close()
+    shown = stream.getvalue()
+    for text in ("step 5", "12.0 images/s", "loss", "1.5", "mask_loss", "skipped steps"):
+        assert text in shown
+
+
+def test_progress_without_a_terminal_prints_lines() -> None:
+    stream = io.StringIO()
+    progress = RichProgress(Console(file=stream, width=80), every=2)
+    for step in (1, 2, 3):
+        progress.log(record(step))
+    progress.log(record(5, skipped=["MSE"]))
+    progress.close()
+    assert stream.getvalue().splitlines() == [
+        "step 2  20 %  12.0 images/s  loss 1.5",
+        "step 5: skipped, not finite: MSE",
+    ]
+
+
+def test_tensorboard_writes_scalars(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = TensorBoard(tmp_path, every=2)
+    for step in (1, 2, 3, 4):
+        log.log(record(step, loss=float(step)))
+    log.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 2.0), (4, 4.0)]
+
+
+def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: object, **kwargs: object) -> object:
+        if name.startswith("torch.utils.tensorboard"):
+            raise ImportError("No module named 'tensorboard'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"stellar-fast\[log\]"):
+        TensorBoard(tmp_path, every=1)

@@ -1,0 +1,299 @@
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stellar_fast import StellarModel
+from stellar_fast.train import NonFiniteLossError, TrainConfig, train
+from stellar_fast.train.build import build_dataset, build_model
+from stellar_fast.train.distributed import Ranks
+from stellar_fast.train.loop import _Trainer
+
+TIMES = ("seconds", "images_per_second")
+TEACHER = {"momentum_teacher": True, "teacher_momentum": 0.9}
+
+
+class SignalAt:
+    """Sends this process a signal when the record of a step arrives."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def log(self, record: dict) -> None:
+        if record["step"] == self.step:
+            os.kill(os.getpid(), self.number)
+
+    def close(self) -> None:
+        pass
+
+
+def change(config: TrainConfig, **values) -> TrainConfig:
+    """The configuration with other values; tables are merged."""
+    tables = {k: getattr(config, k) | v for k, v in values.items() if isinstance(v, dict)}
+    return dataclasses.replace(config, **values | tables)
+
+
+def numbers(config: TrainConfig) -> list[dict]:
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def test_a_run_learns_and_leaves_its_files(config: TrainConfig) -> None:
+    config = change(config, steps=40, save_every=15, keep=2, lr=3e-3)
+    result = train(config)
+    records = numbers(config)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert records[-1]["MSE"] < 0.7 * records[0]["MSE"]
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert {"lr", "grad_norm", "target_entropy", "prototypes_used", "mask_loss", "cls_loss"} <= records[0].keys()
+    assert result.history == [r | {t: h[t] for t in TIMES} for r, h in zip(records, result.history, strict=True)]
+    assert (result.step, result.skipped_steps, result.resume_command) == (40, 0, None)
+    assert result.images_per_second > 0
+    out = Path(config.out)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step_00000030", "step_00000040"]
+    assert TrainConfig.load(out / "config.yaml") == config
+    saved = StellarModel.from_pretrained(result.checkpoint).state_dict()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({}, signal.SIGINT),
+        ({"workers": 2}, signal.SIGTERM),
+        ({"model": TEACHER, "accumulate": 3, "workers": 2}, signal.SIGINT),
+        ({"model": TEACHER, "precision": "bf16"}, signal.SIGTERM),
+    ],
+    ids=["plain", "workers", "teacher-accumulate-workers", "teacher-bf16"],
+)
+def test_an_interrupted_run_continues_bit_for_bit(
+    config: TrainConfig, tmp_path: Path, changes: dict, number: int
+) -> None:
+    config = change(config, **changes)
+    whole = train(config)
+    other = change(config, out=str(tmp_path / "other"))
+    first = train(other, loggers=[SignalAt(2, number)])
+    assert first.step == 3  # the record of step 2 arrives while step 3 is under way, which is finished: in mid-epoch
+    assert first.resume_command == f"stellar-fast train --config {other.out}/config.yaml --resume"
+    torch.manual_seed(12345)  # whatever happens between must not matter
+    second = train(TrainConfig.load(f"{other.out}/config.yaml", workers=2 - other.workers), resume=True)
+    assert second.step == whole.step == 7 and second.resume_command is None
+    assert numbers(other) == numbers(config)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
+
+
+def test_resume_falls_back_to_the_newest_good_checkpoint(config: TrainConfig) -> None:
+    whole = train(change(config, save_every=3))
+    expected = numbers(config)
+    checkpoints = Path(config.out) / "checkpoints"
+    (whole.checkpoint / "train.pt").write_bytes(b"cut")
+    shutil.copytree(checkpoints / "step_00000003", checkpoints / ".writing-step_00000009")
+    with pytest.warns(UserWarning, match=r"checkpoint refused: .*step_00000007 is damaged: train\.pt"):
+        again = train(config, resume=True)
+    assert again.step == 7
+    assert numbers(config) == expected
+    for path in checkpoints.iterdir():
+        (path / "meta.json").write_text("{}")
+    reason = r"no good checkpoint in .*step_00000007 is not a checkpoint of stellar_fast"
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=reason):
+        warnings.simplefilter("ignore")
+        train(config, resume=True)
+
+
+def test_a_finished_run_resumes_to_nothing(config: TrainConfig) -> None:
+    first = train(config)
+    again = train(config, resume=True)
+    assert (again.step, again.checkpoint, again.history) == (first.step, first.checkpoint, [])
+
+
+def test_resume_without_a_checkpoint_starts(config: TrainConfig) -> None:
+    assert train(change(config, steps=1), resume=True).step == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 2e-3}, r"made with lr 0.001, this run has 0.002"),
+        ({"steps": 9}, r"made with steps 7, this run has 9"),
+        ({"model": {"num_masks": 1}}, r"'num_masks': 2.*'num_masks': 1"),
+        ({"batch_size": 2}, r"made with batch_size 4, this run has 2"),
+    ],
+)
+def test_resume_with_another_config_is_refused(config: TrainConfig, changes: dict, message: str) -> None:
+    train(config)
+    with pytest.raises(ValueError, match=message):
+        train(change(config, **changes), resume=True)
+
+
+def test_resume_on_other_images_is_refused(config: TrainConfig, photos: Path, tmp_path: Path) -> None:
+    train(config)
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    assert train(change(config, data=str(moved)), resume=True).step == 7  # the same images in another place
+    (moved / "0.png").rename(moved / "zero.png")
+    with pytest.raises(ValueError, match="made with image_names"):
+        train(change(config, data=str(moved)), resume=True)
+
+
+def test_a_second_run_does_not_overwrite_the_first(config: TrainConfig) -> None:
+    train(config)
+    with pytest.raises(ValueError, match=r"already holds a run: continue it with --resume"):
+        train(config)
+
+
+def break_at(model: StellarModel, steps: set[int]) -> None:
+    """Make koleo_loss NaN at these optimizer steps."""
+    whole, count = model.loss, iter(range(1, 1000))
+
+    def loss(predictions: dict):
+        if next(count) in steps:
+            predictions = predictions | {"koleo_loss": predictions["koleo_loss"] * float("nan")}
+        return whole(predictions)
+
+    model.loss = loss
+
+
+def test_a_step_that_is_not_finite_changes_nothing(config: TrainConfig) -> None:
+    config = change(config, steps=1)
+    torch.manual_seed(0)
+    model = build_model(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    break_at(model, {1})
+    result = train(config, model=model)
+    assert result.skipped_steps == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    state = torch.load(result.checkpoint / "train.pt", weights_only=True)
+    assert all(s["step"] == 0 and not s["exp_avg"].any() for s in state["optimizer"]["state"].values())
+    (record,) = numbers(config)
+    assert record["skipped"] == ["koleo_loss"] and record["koleo_loss"] is None and record["loss"] is None
+
+
+def test_training_goes_on_after_a_skipped_step(config: TrainConfig) -> None:
+    model = build_model(config)
+    break_at(model, {2, 3, 5})
+    result = train(change(config, max_nonfinite=3), model=model)
+    assert result.skipped_steps == 3
+    assert [record["step"] for record in numbers(config) if "skipped" in record] == [2, 3, 5]
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+def test_too_many_in_a_row_stop_and_name_the_term(config: TrainConfig) -> None:
+    model = build_model(config)
+    break_at(model, set(range(2, 100)))
+    with pytest.raises(NonFiniteLossError, match=r"3 steps in a row were not finite, up to step 4: koleo_loss"):
+        train(change(config, max_nonfinite=3), model=model)
+
+
+def test_a_time_limit_ends_the_run_with_the_learning_rate_down(config: TrainConfig) -> None:
+    result = train(change(config, steps=1_000_000, max_seconds=0.5))
+    assert 0.5 <= result.seconds < 10
+    assert 1 < result.step < 1_000_000
+    assert result.history[-1]["lr"] < 0.2 * max(record["lr"] for record in result.history)
+
+
+def test_accumulated_passes_average(config: TrainConfig, tmp_path: Path) -> None:
+    """Without heads (whose assignments depend on the batch) two passes of 2 are one of 4."""
+    plain = {"do_clustering": False, "do_masking": False, "do_cls": False}
+    config = change(config, steps=3, model=plain)
+    train(config)
+    halves = change(config, out=str(tmp_path / "halves"), batch_size=2, accumulate=2)
+    train(halves)
+    # the same images in the same order: 4 is twice 2
+    for a, b in zip(numbers(config)[:2], numbers(halves)[:2], strict=True):
+        assert a["MSE"] == pytest.approx(b["MSE"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_start_from_weights(config: TrainConfig, tmp_path: Path) -> None:
+    first = train(config)
+    second = build_model(change(config, weights=str(first.checkpoint)))
+    expected = first.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": ""}, "out is empty"),
+        ({"data": ""}, "data is empty"),
+        ({"preset": "b17"}, "b17"),
+        ({"encoder": {"hiden_size": 4}}, "unknown encoder option 'hiden_size'; did you mean hidden_size"),
+        ({"model": {"masks": 4}}, "unknown model option 'masks'; did you mean num_masks"),
+        ({"batch_size": 64}, "10 images do not fill one batch: batch_size is 64"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why(config: TrainConfig, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(change(config, **changes))
+
+
+def test_two_processes_train_one_model(config: TrainConfig, tmp_path: Path) -> None:
+    config = change(config, steps=3, batch_size=2, model=TEACHER)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, torch.distributed as dist\n"
+        "from stellar_fast.train import TrainConfig, train\n"
+        "dist.init_process_group('gloo')\n"
+        "result = train(TrainConfig.load(sys.argv[1]))\n"
+        "weights = torch.cat([t.flatten() for t in result.model.state_dict().values()])\n"
+        "both = [torch.empty_like(weights) for _ in range(2)]\n"
+        "dist.all_gather(both, weights)\n"
+        "assert torch.equal(*both)\n"
+        "assert result.step == 3\n"
+        "dist.barrier()\n"
+        "dist.destroy_process_group()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(script), str(tmp_path / "config.yaml")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [record["step"] for record in numbers(config)] == [1, 2, 3]
+
+
+class HostReads(TorchDispatchMode):
+    """Lists the operators that hand a tensor's value to Python: on a GPU each of them waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append("".join(traceback.format_stack(limit=12)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HostReads() as reads:
+        torch.ones(1).item()
+    assert len(reads.found) == 1
+    # on a CPU, and there alone, the encoder looks at its pixels, and colours are changed in a list of selected images
+    monkeypatch.setattr("stellar_fast.models.encoder.check_images", lambda *args: None)
+    config = change(config, accumulate=2, model=TEACHER | {"color_augmentation": False})
+    model = build_model(config)
+    trainer = _Trainer(config, model, build_dataset(config, model), torch.device("cpu"), Ranks())
+    batches = trainer._batches()
+    ready = [next(batches) for _ in range(4)]
+    batches.close()
+    with HostReads() as reads:
+        readings = [trainer._train_step(iter(ready[:2])), trainer._train_step(iter(ready[2:]))]
+    assert reads.found == []
+    assert [reading.step for reading in readings] == [1, 2]
+    assert readings[1].values()["loss"] > 0
