@@ -11,7 +11,7 @@ def crop_resize(
     image = Image.fromarray(np.ascontiguousarray(image_HWC))
     for (top, left, height, width), flip, out_3SS in zip(boxes_N4.tolist(), flips_N, out_N3SS, strict=True):
         crop = image.crop((left, top, left + width, top + height))
-        # One axis at a time: left to itself Pillow >= 13 takes the rows first for some tall crops, older versions never.
+        # One axis at a time, width first: Pillow >= 13 alone would take the height first for some tall crops.
         crop = crop.resize((size, height), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
         if flip:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -38,11 +38,28 @@ def check_images(images: Tensor, patch_size: int, name: str = "images") -> None:
         return
     if not images.is_floating_point():
         raise ValueError(f"{name} must be uint8 or floating point in [0, 1] but is {images.dtype}")
-    readable = images.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1"
-    if readable and images.numel() and not torch.compiler.is_compiling():
+    if images.numel() and _values_are_checked(images):
         low, high = (bound.item() for bound in torch.aminmax(images.detach()))
         if not (low >= 0 and high <= 1):
             raise ValueError(f"{name} must lie in [0, 1] but span [{low:.4g}, {high:.4g}]; do not normalise them")
+
+
+def check_keep_indices(keep_indices: Tensor, num_images: int, num_patches: int) -> None:
+    """Raise ValueError unless `keep_indices` is (num_images, kept) int64 with patches of the image; values as above."""
+    shape = tuple(keep_indices.shape)
+    if len(shape) != 2 or shape[0] != num_images or not 1 <= shape[1] <= num_patches:
+        raise ValueError(f"keep_indices must be ({num_images}, 1 to {num_patches}) but has shape {shape}")
+    if keep_indices.dtype != torch.int64:
+        raise ValueError(f"keep_indices must be torch.int64 but is {keep_indices.dtype}")
+    if keep_indices.numel() and _values_are_checked(keep_indices):
+        low, high = (bound.item() for bound in torch.aminmax(keep_indices))
+        if low < 0 or high >= num_patches:
+            raise ValueError(f"keep_indices span [{low}, {high}] but the image has {num_patches} patches")
+
+
+def _values_are_checked(tensor: Tensor) -> bool:
+    readable = tensor.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1"
+    return readable and not torch.compiler.is_compiling()
 
 
 class SparseViT(nn.Module):
@@ -106,6 +123,7 @@ class SparseViT(nn.Module):
         position = self.position(grid)
         patches = self.patch_embed((pixels - self.mean) / self.std).flatten(2).mT + position[:, 1:]
         if keep_indices is not None:
+            check_keep_indices(keep_indices, images.shape[0], patches.shape[1])
             patches = patches.gather(1, keep_indices[..., None].expand(-1, -1, patches.shape[-1]))
         B = images.shape[0]
         cls = (self.cls_token + position[:, :1]).expand(B, -1, -1)

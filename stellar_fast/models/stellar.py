@@ -78,7 +78,7 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         num_masks: V, masked views (8).
         masking_ratio: share of a masked view's patches that is dropped.
         focal_mode: "gaussian", "block" or None.
-        focal_probability: share of the masked views that are focused; None: 0.5 for "gaussian", as upstream 1 for "block".
+        focal_probability: share of the masked views that are focused; None: 0.5 for "gaussian", 1 for "block".
         color_augmentation: jitter, grey and blur on masked and local views, drawn per view (upstream draws once per
             batch).
         do_cropping: use local views; they teach CLS alone.
@@ -288,7 +288,7 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
 
         Returns:
             {"predictions": ...}. In eval mode a `StellarOutput`. In train mode a dict of 0-dim fp32 losses (`MSE` or
-            `VQ-CE`, `clustering_loss`, `cls_clustering_loss`, `mask_loss`, `cls_loss`, `koleo_loss` with its 0.1 inside),
+            `VQ-CE`, `clustering_loss`, `cls_clustering_loss`, `mask_loss`, `cls_loss`, `koleo_loss` times its 0.1),
             `x_hat` (B, 3, S, S) or code logits (B, P, codes), `x_original` (B, 3, S, S), `keep_indices`,
             `match_index_masked` (B * V, K), `match_index_clean` (B, K), `vq_codes` (B, P), and `metrics` (0-dim, no
             gradient).

@@ -7,10 +7,9 @@ batch.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601; a number stays on the host: a tensor of it would be waited for on a GPU
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -78,8 +77,11 @@ class ColorAugment(nn.Module):
         )
         low, high = self.blur_sigma
         sigmas = low + (high - low) * draws[:, 3]
-        factors = (2 * draws[:, 4:8] - 1) * draws.new_tensor(self.spread)
-        factors[:, :HUE] += 1
+        centred = 2 * draws[:, 4:8] - 1
+        centres = (1, 1, 1, 0)  # the hue is shifted, the others are scaled
+        factors = torch.stack(
+            [c + s * centred[:, i] for i, (c, s) in enumerate(zip(centres, self.spread, strict=True))], dim=1
+        )
         order = draws[:, 8:12].argsort(dim=1)  # order[n, i] is the i-th operation of view n
 
         with torch.autocast(images.device.type, enabled=False):
@@ -114,7 +116,7 @@ def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     sector = torch.where(value == red, (green - blue) * scale, sector)
     sector = sector + 6 * turns[:, None, None]
     # HSV to RGB: a channel falls short of the value by the chroma times a trapezoid over its six sectors.
-    phase = (sector[:, None] + sector.new_tensor((5, 3, 1))[:, None, None]) % 6
+    phase = (sector[:, None] + torch.arange(5, 0, -2, device=images.device)[:, None, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(phase, 4 - phase).clamp_(0, 1)
 
 
@@ -135,7 +137,7 @@ def _taps(length: int, size: int, like: Tensor) -> Tensor:
     half = size // 2
     index = torch.arange(length, device=like.device) + torch.arange(-half, half + 1, device=like.device)[:, None]
     index = (length - 1) - ((length - 1) - index.abs()).abs()
-    return F.one_hot(index, length).to(like.dtype).flatten(1)
+    return (index[..., None] == torch.arange(length, device=like.device)).to(like.dtype).flatten(1)
 
 
 def _blend(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
@@ -148,8 +150,8 @@ def _blend(images: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    weights = images.new_tensor(GREY_WEIGHTS)[:, None, None]
-    return (images * weights).sum(1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def _where(selected: Tensor, images: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:

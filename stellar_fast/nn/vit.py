@@ -65,9 +65,9 @@ class Transformer(nn.Module):
 
 
 def init_vit_weights(module: nn.Module) -> None:
-    """Truncated normal of std 0.02 for linears and convolutions, zero biases: the usual start of a ViT."""
+    """Normal of std 0.02 for linears and convolutions, zero biases: the usual start of a ViT."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

@@ -77,7 +77,7 @@ def test_gradients_are_those_of_the_trained_parameters(small_model, small_batch)
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(KeyError, match="no upstream name for tensor 'encoder.rotary'"):
+    with pytest.raises(KeyError, match=r"no upstream name for tensor 'encoder\.rotary'"):
         upstream_names("encoder.rotary")
 
 
@@ -159,7 +159,7 @@ def test_load_stellar_understands_upstreams_manifest(upstream_repository):
 
 
 def test_load_stellar_names_missing_and_unexpected_tensors(upstream_repository):
-    path, model = upstream_repository
+    path, _ = upstream_repository
     weights = load_file(path / "stellar-b16.safetensors")
     weights["encoder.extra"] = weights.pop("sparse_tokens")
     save_file(weights, path / "stellar-b16.safetensors")

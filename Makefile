@@ -1,0 +1,48 @@
+# make demo | test | bench | lint        each sets up .venv first when it is missing or stale
+#   PYTHON=python3.12                    the interpreter to build .venv with
+#   TORCH_INDEX=<url>                    where to take torch from, such as PyTorch's CPU index (no CUDA packages)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stellar_fast_installed
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
+
+# Pins the build requirements too: pip reads -c for the environment alone, these for its build environments.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+
+.PHONY: help demo test bench lint clean
+help:
+	@sed -n 's/^# *//p;/^$$/q' Makefile | head -3
+
+demo: $(STAMP)
+	$(BIN)/stellar-fast demo --out demo_out
+
+test: lint
+	$(BIN)/python -m stellar_fast.native
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/run.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist demo_out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: $(PYTHON) is missing, or older than the Python 3.11 that constraints.txt needs; try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "make: $(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(BIN)/python $(SOURCES)
+ifdef TORCH_INDEX
+	$(BIN)/python -m pip install -c constraints.txt --index-url $(TORCH_INDEX) torch
+endif
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,259 @@
+"""`stellar-fast demo`: a tiny STELLAR learns on real photos in minutes, and shows what it sees in photos held out.
+
+The photos come inside scikit-image and scikit-learn (extra: photos).
+"""
+
+import io
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from stellar_fast.data import MultiViewTransform
+from stellar_fast.data.transform import centre_square, random_box
+from stellar_fast.files import write_atomically
+from stellar_fast.models import StellarModel
+from stellar_fast.ops.crop_resize import crop_resize
+from stellar_fast.train import RichProgress, TrainConfig, TrainResult, train
+from stellar_fast.train.build import build_model
+from stellar_fast.visualize import Pixels, grid_figure, psnr, save_image, save_panel, to_pixels, token_shares
+
+CROPS_PER_PHOTO = 32
+CROP_SIDE = 160  # pixels of a crop's short side: twice what the views need, and quick to decode
+WIN_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one model makes of the held-out photos. N photos."""
+
+    psnr: list[float]  # dB, of each reconstruction
+    losses: dict[str, float]
+    token_entropy: float  # nats
+    tokens_winning: list[int]  # tokens that win 2 % of a photo's patches or more
+    peak: float  # mean over tokens of the largest share of a patch
+
+
+def demo(out: Path, seconds: int = 150, seed: int = 0) -> Result:
+    """Train the tiny preset, write pictures and weights to `out`, and print a table.
+
+    Args:
+        out: folder for loss_curve.png, reconstructions.png, tokens/*.png, weights/, run/ and photos/. An earlier
+            demo's is replaced.
+        seconds: time to train.
+        seed: of weights, crops, views and masks.
+
+    Returns:
+        The result of the trained model.
+
+    Raises:
+        ValueError: less than a second, or a folder that holds something else.
+    """
+    if seconds < 1:
+        raise ValueError(f"seconds must be at least 1 but is {seconds}")
+    console = Console()
+    _make_room(out)
+    train_photos, held_out = bundled_photos()
+    write_crops(train_photos, out / "photos", seed)
+    console.print(
+        f"{len(train_photos)} photos to learn from ({', '.join(train_photos)}), "
+        f"{len(held_out)} held out ({', '.join(held_out)})"
+    )
+    config = TrainConfig(
+        data=str(out / "photos"),
+        out=str(out / "run"),
+        preset="tiny",
+        seed=seed,
+        max_seconds=seconds,
+        epochs=10_000,  # the clock ends the run
+        batch_size=16,
+        lr=1.5e-3,
+        beta2=0.95,
+        log_every=1,
+        save_every=0,
+        model={"masking_ratio": 0.75},
+    )
+    torch.manual_seed(seed)
+    model = build_model(config)
+    before = evaluate(model, held_out, seed)
+    result = train(config, loggers=[RichProgress()], model=model)
+    after = evaluate(model, held_out, seed)
+    model.save_pretrained(out / "weights")
+    draw(model, result, held_out, out)
+    console.print(closing_table(before, after, result, held_out))
+    console.print(f"pictures and weights are in {out}: loss_curve.png, reconstructions.png, tokens/, weights/")
+    return after
+
+
+def bundled_photos() -> tuple[dict[str, Pixels], dict[str, Pixels]]:
+    """Photos to train on and photos held out, (H, W, 3) uint8 by name.
+
+    Raises:
+        ValueError: the packages with the photos are not installed.
+    """
+    try:
+        from skimage import data
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise ValueError(f"the demo's photos are an extra: pip install 'stellar-fast[photos]' ({error})") from error
+    china, flower = load_sample_images().images
+    motorcycle = data.stereo_motorcycle()[0]
+    train_photos = {
+        "astronaut": data.astronaut(),
+        "china": china,
+        "hubble": data.hubble_deep_field(),
+        "immunohistochemistry": data.immunohistochemistry(),
+        "motorcycle": motorcycle,
+        "retina": data.retina(),
+        "rocket": data.rocket(),
+    }
+    return train_photos, {"chelsea": data.chelsea(), "coffee": data.coffee(), "flower": flower}
+
+
+def write_crops(photos: dict[str, Pixels], folder: Path, seed: int) -> None:
+    """Cut each photo into crops of many scales: a handful of photos becomes a few hundred training images."""
+    draw = random.Random(seed)
+    for name, pixels in photos.items():
+        for i in range(CROPS_PER_PHOTO):
+            top, left, height, width = random_box(pixels.shape[0], pixels.shape[1], (0.08, 1.0), draw)
+            crop = Image.fromarray(pixels[top : top + height, left : left + width])
+            scale = CROP_SIDE / min(height, width)
+            crop = crop.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+            buffer = io.BytesIO()
+            crop.save(buffer, format="JPEG", quality=92)
+            write_atomically(folder / name / f"{i:02}.jpg", buffer.getvalue())
+
+
+def squares(photos: dict[str, Pixels], side: int) -> Tensor:
+    """The central square of each photo, (N, 3, side, side) uint8."""
+    crops = []
+    for pixels in photos.values():
+        crops.append(crop_resize(pixels, [centre_square(*pixels.shape[:2])], [False], side))
+    return torch.cat(crops)
+
+
+@torch.no_grad()
+def evaluate(model: StellarModel, photos: dict[str, Pixels], seed: int) -> Result:
+    """Measure a model on photos; losses on four draws of views of each, the same draws for every model."""
+    was_training = model.training
+    model.eval()
+    side = model.encoder.config.image_size
+    images = squares(photos, side)
+    features = model.encode(images)
+    reconstructions = model.reconstruct(features)["reconstruction"]
+    transform = MultiViewTransform(side, model.local_size, model.num_masks, model.num_local_crops)
+    views = [transform(pixels, seed + i) for pixels in photos.values() for i in range(4)]
+    batch = {name: torch.stack([view[name] for view in views]) for name in views[0]}
+    predictions = model(batch, generator=torch.Generator().manual_seed(seed))["predictions"]
+    total, parts = model.loss(predictions)
+    model.train(was_training)
+    return Result(
+        psnr=[psnr(to_pixels(a), to_pixels(b)) for a, b in zip(images, reconstructions, strict=True)],
+        losses={"total": total.item(), **{name: value.item() for name, value in parts.items()}},
+        token_entropy=predictions["metrics"]["token_entropy"].item(),
+        tokens_winning=[int((token_shares(spatial) >= WIN_SHARE).sum()) for spatial in features["spatial"]],
+        peak=features["peak_dist"].mean().item(),
+    )
+
+
+def mean_colour_psnr(photos: dict[str, Pixels], side: int) -> list[float]:
+    """PSNR of each photo against its own mean colour: what one knows of a photo without looking at its places."""
+    images = squares(photos, side).float() / 255
+    flat = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
+    return [psnr(to_pixels(a), to_pixels(b)) for a, b in zip(images, flat, strict=True)]
+
+
+@torch.no_grad()
+def draw(model: StellarModel, result: TrainResult, photos: dict[str, Pixels], out: Path) -> None:
+    """Write loss_curve.png, reconstructions.png, and a panel of token maps for each photo."""
+    model.eval()
+    loss_curve(result, out / "loss_curve.png")
+    side = model.encoder.config.image_size
+    images = squares(photos, side)
+    originals, rebuilt = [], []
+    reconstructions = model.reconstruct(model.encode(images))["reconstruction"]
+    for name, image, reconstruction in zip(photos, images, reconstructions, strict=True):
+        photo, result_pixels = to_pixels(image), to_pixels(reconstruction)
+        originals.append((photo, f"{name}, held out"))
+        rebuilt.append((result_pixels, f"reconstruction · {psnr(photo, result_pixels):.1f} dB"))
+    title = (
+        f"Reconstructed from {model.encoder.num_sparse_tokens} sparse tokens, after {result.seconds:.0f} s of training"
+    )
+    save_image(out / "reconstructions.png", grid_figure([originals, rebuilt], title=title))
+    # maps are drawn on a finer grid than the model was trained on: positions resize, tokens do not care
+    large = squares(photos, 2 * side)
+    features = model.encode(large)
+    for i, name in enumerate(photos):
+        save_panel(
+            out / "tokens" / f"{name}.png",
+            to_pixels(large[i]),
+            features["spatial"][i],
+            features["dense"][i],
+            model.encoder.grid(large),
+            title=f"{name}, held out",
+            reconstruction=to_pixels(reconstructions[i]),
+        )
+
+
+def loss_curve(result: TrainResult, path: Path) -> None:
+    """Every loss over the steps, one small plot each."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in result.history[0] if name in ("loss", "MSE") or name.endswith("_loss")]
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    axes = figure.subplots(2, -(-len(names) // 2), squeeze=False).flatten()
+    steps = [record["step"] for record in result.history]
+    for axis, name in zip(axes, names, strict=False):
+        values = np.array([record[name] for record in result.history])
+        window = max(1, len(values) // 25)
+        smooth = np.convolve(np.pad(values, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
+        axis.plot(steps, values, color="#b9c4d8", linewidth=0.8)
+        axis.plot(steps, smooth, color="#2456a6", linewidth=1.8)
+        axis.set_title(name, fontsize=11)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if values.min() > 0 and values.max() > 20 * values.min():
+            axis.set_yscale("log")
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())
+
+
+def closing_table(before: Result, after: Result, result: TrainResult, photos: dict[str, Pixels]) -> Table:
+    """Before and after, on the held-out photos."""
+    side = result.model.encoder.config.image_size
+    table = Table(
+        "held-out photos", "before", "after", title=f"{result.images_per_second:.1f} images/s, {result.step} steps"
+    )
+    for name, low, high, flat in zip(photos, before.psnr, after.psnr, mean_colour_psnr(photos, side), strict=True):
+        table.add_row(f"PSNR {name} (mean colour {flat:.1f} dB)", f"{low:.1f} dB", f"{high:.1f} dB")
+    for name, value in before.losses.items():
+        table.add_row(name, f"{value:.4g}", f"{after.losses[name]:.4g}")
+    table.add_row("token entropy (log K is even)", f"{before.token_entropy:.2f}", f"{after.token_entropy:.2f}")
+    tokens = result.model.encoder.num_sparse_tokens
+    counts = [" ".join(f"{n}/{tokens}" for n in r.tokens_winning) for r in (before, after)]
+    table.add_row("tokens that win 2 % of the patches", *counts)
+    return table
+
+
+def _make_room(out: Path) -> None:
+    """Remove an earlier demo's files; anything else in the folder stays, and is a reason to stop."""
+    ours = {"photos", "run", "tokens", "weights", "loss_curve.png", "reconstructions.png"}
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, not a folder")
+    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if found - ours:
+        raise ValueError(f"{out} holds {', '.join(sorted(found - ours))}, which no demo wrote: name another --out")
+    for name in found:
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,101 @@
+"""The native module `stellar_fast._C`: whether it is there, what it was built from, and its process-wide switches.
+
+`python -m stellar_fast.native` prints the facts and fails where the module, or its CUDA half beside nvcc, is missing.
+"""
+
+import functools
+import importlib
+import os
+import shutil
+import sys
+from types import ModuleType
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    import torch  # noqa: F401  first, so that both share the OpenMP runtime that torch brings
+
+    try:
+        return importlib.import_module("stellar_fast._C"), ""
+    except ModuleNotFoundError:
+        return None, "the native module was not built"
+    except ImportError as error:
+        return None, f"the native module does not load ({error})"
+
+
+def available() -> bool:
+    """Whether the native module is built and loads."""
+    return _load()[0] is not None
+
+
+def reason() -> str:
+    """Why the native module is not available; empty when it is."""
+    return _load()[1]
+
+
+def module() -> ModuleType:
+    """Return `stellar_fast._C`; RuntimeError says why it is missing."""
+    native, why_not = _load()
+    if native is None:
+        raise RuntimeError(why_not)
+    return native
+
+
+def build_info() -> dict[str, str | int]:
+    """Facts of the native build: compiler, flags, SIMD level in use, OpenMP; with a CUDA half its versions and devices.
+
+    Empty without the native module. `cuda_*` keys exist only where the CUDA half was built.
+    """
+    native = _load()[0]
+    return native.build_info() if native else {}
+
+
+def openmp_libraries() -> list[str]:
+    """Files of the OpenMP runtimes in this process; more than one can oversubscribe the cores. Empty off Linux."""
+    try:
+        with open("/proc/self/maps") as maps:
+            files = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
+    except FileNotFoundError:
+        return []
+    return sorted(file for file in files if os.path.basename(file).startswith(("libgomp", "libiomp", "libomp")))
+
+
+def raise_allocator_thresholds() -> tuple[bool, str]:
+    """Keep freed memory in this process instead of handing it back to the system after every use (glibc only).
+
+    glibc maps blocks over 32 MiB afresh each time, and the page faults can cost more than the arithmetic on them.
+    Trainer and command line call this; importing the package never does. STELLAR_FAST_RAISE_MALLOC=0 switches it off.
+
+    Returns:
+        Whether it took effect, and the reason when it did not.
+    """
+    if os.environ.get("STELLAR_FAST_RAISE_MALLOC", "1") == "0":
+        return False, "switched off by STELLAR_FAST_RAISE_MALLOC=0"
+    native, why_not = _load()
+    if native is None:
+        return False, why_not
+    why_not = native.raise_allocator_thresholds()
+    return why_not is None, why_not or ""
+
+
+def main() -> int:
+    """Print the build facts; return 1 where something that could have been built is missing."""
+    info = build_info()
+    for name, value in info.items():
+        print(f"{name:22} {value}")
+    for library in openmp_libraries():
+        print(f"{'openmp loaded':22} {library}")
+    if not info:
+        print(f"stellar_fast._C is missing: {reason()}", file=sys.stderr)
+    elif shutil.which("nvcc") and "cuda_architectures" not in info:
+        print(
+            "nvcc is here, but stellar_fast._C has no CUDA half: read the log of pip install -v",
+            file=sys.stderr,
+        )
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
