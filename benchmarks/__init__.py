@@ -1,0 +1,1 @@
+"""Benchmarks: verify first, then time. Start with `python benchmarks/run.py --help`."""

@@ -1,0 +1,1 @@
+"""Whole-model suites: encode a batch, take one training step."""
