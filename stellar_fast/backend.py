@@ -25,6 +25,12 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # The backends of each operator, fastest first.
 OPS: dict[str, tuple[str, ...]] = {
     "crop_resize": ("cpu", "reference"),
+    "koleo": ("reference",),
+    "lowrank_product": ("reference",),
+    "nearest_code": ("reference",),
+    "prototype_cross_entropy": ("reference",),
+    "sinkhorn_knopp": ("reference",),
+    "token_match": ("reference",),
 }
 
 ANY = "*"  # a request for every operator

@@ -78,7 +78,6 @@ def demo(out: Path, seconds: int = 150, seed: int = 0) -> Result:
         beta2=0.95,
         log_every=1,
         save_every=0,
-        model={"masking_ratio": 0.75},
     )
     torch.manual_seed(seed)
     model = build_model(config)

@@ -118,7 +118,7 @@ PRESETS: dict[str, Preset] = {
     "tiny": Preset(
         EncoderConfig(128, 4, 4, 512, image_size=96, patch_size=8),
         DecoderConfig(128, 2, 4, 512, image_size=96, patch_size=8),
-        {"num_clusters": 512, "predictor_hidden_dim": 256, "prototype_dim": 64, "num_masks": 4, "num_local_crops": 4},
+        {"num_clusters": 512, "predictor_hidden_dim": 256, "prototype_dim": 64, "num_masks": 2, "num_local_crops": 2},
     ),
 }
 

@@ -1,5 +1,6 @@
 """The one door of each operator: arguments are checked here, then the chosen backend computes."""
 
+from stellar_fast.ops.crop_resize import crop_resize
 from stellar_fast.ops.koleo import koleo
 from stellar_fast.ops.lowrank_product import lowrank_product
 from stellar_fast.ops.nearest_code import nearest_code
@@ -8,6 +9,7 @@ from stellar_fast.ops.sinkhorn import sinkhorn_knopp
 from stellar_fast.ops.token_match import token_match
 
 __all__ = [
+    "crop_resize",
     "koleo",
     "lowrank_product",
     "nearest_code",
