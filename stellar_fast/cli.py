@@ -1,0 +1,73 @@
+"""The command `stellar-fast`: one line for a user's error, a traceback for a bug."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from stellar_fast.commands.console import fail, say
+from stellar_fast.commands.demo import demo
+from stellar_fast.commands.images import encode, reconstruct, visualize
+from stellar_fast.commands.info import info
+from stellar_fast.commands.train import train
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="STELLAR: images as a few sparse tokens (what) and a map of where each one is.",
+)
+
+
+def main() -> None:
+    """Entry point: like `app`, and a mistyped option is one line too."""
+    usage_error: Any = typer.BadParameter.__mro__[1]  # click's, or that of the copy of click inside typer
+    try:
+        sys.exit(app(standalone_mode=False))
+    except usage_error as error:
+        message = error.format_message()
+        fail(message) if message else sys.exit(2)  # without a command the help was shown
+
+
+def register(function: Callable[..., None]) -> None:
+    """Add a command whose user errors are one line on stderr and exit code 2; a bug keeps its traceback."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: say("[yellow]warning:[/]", str(message))
+                function(*args, **kwargs)
+        except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
+            if not _is_users(error):
+                raise
+            fail(str(error))
+
+    app.command()(run)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether it speaks to the user: from the file system, or from a `raise` statement here or in the hub's package."""
+    if isinstance(error, OSError):
+        return True
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_globals["__name__"].split(".")[0] not in ("stellar_fast", "huggingface_hub"):
+        return False
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+for _function in (info, train, encode, reconstruct, visualize, demo):
+    register(_function)
+
+if __name__ == "__main__":  # what torchrun starts
+    main()

@@ -1,0 +1,1 @@
+"""The commands of `stellar-fast`, which stellar_fast.cli registers."""

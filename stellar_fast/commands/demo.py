@@ -1,0 +1,22 @@
+"""`stellar-fast demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    out: Annotated[str, typer.Option(help="Folder for the pictures and weights.")] = "demo_out",
+    seconds: Annotated[int, typer.Option(help="Time to train.")] = 150,
+    seed: Annotated[int, typer.Option(help="Seed of weights, views and masks.")] = 0,
+) -> None:
+    """Train a tiny model on a few bundled photos and show what it learned (extra: photos).
+
+    Example: [cyan]stellar-fast demo --seconds 60[/]
+    """
+    from stellar_fast.demo import demo as run
+
+    run(out=Path(out), seconds=seconds, seed=seed)

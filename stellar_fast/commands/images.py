@@ -1,0 +1,173 @@
+"""`stellar-fast encode`, `reconstruct` and `visualize`."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from stellar_fast.commands.console import console
+from stellar_fast.commands.inputs import batches, find, load, load_full, pictures
+
+if TYPE_CHECKING:
+    import torch
+
+    from stellar_fast import StellarEncoder, StellarModel
+
+Images = Annotated[str, typer.Option(help="Folder of images (nested folders included), or one image.")]
+Weights = Annotated[
+    str,
+    typer.Option(help="Folder with config.json and safetensors, a training checkpoint, a weights file or a hub id."),
+]
+Model = Annotated[str, typer.Option(help="Which model, where the weights hold several or name none: b16, l16, h16.")]
+VQModel = Annotated[str, typer.Option(help="MaskGIT-VQGAN weights, for models that reconstruct through its codes.")]
+Size = Annotated[int, typer.Option(help="Side of the square crop in pixels; 0: the model's.")]
+Batch = Annotated[int, typer.Option(help="Images in one pass.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Limit = Annotated[int, typer.Option(help="Stop after so many images; 0: all.")]
+
+
+def encode(
+    images: Images,
+    weights: Weights,
+    out: Annotated[str, typer.Option(help="File to write: sparse, spatial, cls; file names as JSON in its metadata.")],
+    model: Model = "",
+    size: Size = 0,
+    batch_size: Batch = 32,
+    device: Device = "auto",
+    limit: Limit = 0,
+) -> None:
+    """Encode images to one safetensors file.
+
+    Holds sparse (N, K, D), spatial (N, P, K) and cls (N, 1, D), float32, and the metadata `names`.
+
+    Example: [cyan]stellar-fast encode --images photos --weights runs/first --out features.safetensors[/]
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    paths = find(images, limit)
+    encoder = load(weights, model, device)
+    names: list[str] = []
+    parts: dict[str, list[torch.Tensor]] = {"sparse": [], "spatial": [], "cls": []}
+    for batch_names, batch in batches(paths, images, size or encoder.config.image_size, batch_size):
+        features = _features(encoder, batch)
+        names += batch_names
+        for name, tensors in parts.items():
+            tensors.append(features[name].float().cpu())
+    temporary = target.with_name(f".{target.name}.tmp")
+    metadata = {"names": json.dumps(names), "weights": weights}
+    save_file({name: torch.cat(tensors) for name, tensors in parts.items()}, temporary, metadata)
+    os.replace(temporary, target)
+    console.print(f"{len(names)} images in {target}", soft_wrap=True, highlight=False)
+
+
+def reconstruct(
+    images: Images,
+    weights: Weights,
+    out: Annotated[str, typer.Option(help="Folder for the pictures: original left, reconstruction right.")],
+    model: Model = "",
+    vq_model: VQModel = "",
+    size: Size = 0,
+    batch_size: Batch = 32,
+    device: Device = "auto",
+    limit: Limit = 0,
+) -> None:
+    """Reconstruct images from their sparse tokens, beside the originals, and print the PSNR.
+
+    Example: [cyan]stellar-fast reconstruct --images photos --weights runs/first --out reconstructions[/]
+    """
+    import numpy as np
+
+    from stellar_fast.visualize import psnr, save_image, to_pixels
+
+    paths = find(images, limit)
+    targets = pictures(paths, images, out)
+    stellar = load_full(weights, model, vq_model, device)
+    table, values = Table("image", "PSNR (dB)"), []
+    for names, batch in batches(paths, images, size or stellar.encoder.config.image_size, batch_size):
+        for name, original, result in zip(names, batch, _reconstruct(stellar, batch), strict=True):
+            left, right = to_pixels(_fit(original, result)), to_pixels(result)
+            values.append(psnr(left, right))
+            table.add_row(escape(name), f"{values[-1]:.2f}")
+            save_image(targets[name], np.concatenate((left, right), axis=1))
+    console.print(table)
+    console.print(f"mean PSNR {sum(values) / len(values):.2f} dB, {len(values)} pictures in {out}", soft_wrap=True)
+
+
+def visualize(
+    images: Images,
+    weights: Weights,
+    out: Annotated[str, typer.Option(help="Folder for the pictures, one PNG for each image.")],
+    model: Model = "",
+    reconstruction: Annotated[bool, typer.Option("--reconstruction", help="Show the reconstruction too.")] = False,
+    vq_model: VQModel = "",
+    size: Size = 0,
+    batch_size: Batch = 8,
+    device: Device = "auto",
+    limit: Limit = 0,
+) -> None:
+    """Draw what each token looks at: maps over the photo, hard segmentation, principal components.
+
+    Example: [cyan]stellar-fast visualize --images photos --weights runs/first --out pictures[/]
+    """
+    from stellar_fast.visualize import save_panel, to_pixels
+
+    paths = find(images, limit)
+    targets = pictures(paths, images, out)
+    stellar = load_full(weights, model, vq_model, device) if reconstruction else None
+    encoder = stellar.encoder if stellar else load(weights, model, device)
+    count = 0
+    for names, batch in batches(paths, images, size or encoder.config.image_size, batch_size):
+        features = _features(encoder, batch)
+        results = _reconstruct(stellar, batch) if stellar else batch
+        for i, name in enumerate(names):
+            save_panel(
+                targets[name],
+                to_pixels(batch[i]),
+                features["spatial"][i],
+                features["dense"][i],
+                encoder.grid(batch),
+                title=name,
+                reconstruction=to_pixels(results[i]) if stellar else None,
+            )
+        count += len(names)
+    console.print(f"{count} pictures in {out}", soft_wrap=True, highlight=False)
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _features(encoder: StellarEncoder, images: torch.Tensor) -> Any:
+    import torch
+
+    device = _device(encoder)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+        return encoder(images.to(device))
+
+
+def _reconstruct(model: StellarModel, images: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    device = _device(model)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+        return model.reconstruct(model.encode(images.to(device)))["reconstruction"].float().cpu()
+
+
+def _fit(image: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The (3, H, W) uint8 image in [0, 1], resized to the other's size where a VQGAN works at its own."""
+    import torch
+
+    image = image.float() / 255
+    if image.shape == other.shape:
+        return image
+    return torch.nn.functional.interpolate(image[None], other.shape[-2:], mode="bicubic", antialias=True)[0].clamp(0, 1)

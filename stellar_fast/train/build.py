@@ -1,0 +1,66 @@
+"""From a TrainConfig to the model and the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Any, TypeVar
+
+from torch.utils.data import Dataset
+
+from stellar_fast.data import ImageFolder, MultiViewDataset, MultiViewTransform
+from stellar_fast.models import StellarModel
+from stellar_fast.models.config import DecoderConfig, EncoderConfig, resolve_preset
+from stellar_fast.train.config import TrainConfig, check_keys
+
+Sizes = TypeVar("Sizes", EncoderConfig, DecoderConfig)
+
+
+def build_model(config: TrainConfig) -> StellarModel:
+    """The preset with the configuration's changes, random or with `config.weights`."""
+    preset = resolve_preset(config.preset)
+    encoder = _replace(preset.encoder, config.encoder, "encoder option")
+    # the decoder's own image and patch size shape only an unused embedding, which follows the encoder's unless given
+    decoder = _replace(preset.decoder, config.decoder, "decoder option")
+    known = [name for name in inspect.signature(StellarModel).parameters if name not in ("encoder", "decoder")]
+    check_keys(config.model, known, "model option")
+    for name, value in config.model.items():
+        _check_kind(name, value, inspect.signature(StellarModel).parameters[name].annotation)
+    model = StellarModel(encoder=encoder, decoder=decoder, **{**preset.model, **config.model})
+    if config.weights:
+        start = StellarModel.from_pretrained(config.weights)
+        model.load_upstream_state_dict(start.upstream_state_dict())
+    return model
+
+
+def build_dataset(config: TrainConfig, model: StellarModel) -> Dataset:
+    """Views of the images under `config.data`, as many and as large as the model asks for."""
+    if not config.data:
+        raise ValueError("data is empty: name a folder of images (--data DIR)")
+    masked = model.num_masks if model.do_masking else 1
+    transform = MultiViewTransform(
+        image_size=model.encoder.config.image_size,
+        local_size=model.local_size,
+        num_global_views=max(masked, 2 if model.momentum_teacher else 1),
+        num_local_views=model.num_local_crops if model.do_cls and model.do_cropping else 0,
+    )
+    return MultiViewDataset(ImageFolder(config.data), transform, config.seed)
+
+
+def _replace(sizes: Sizes, changes: dict[str, Any], what: str) -> Sizes:
+    kinds = {f.name: f.type for f in dataclasses.fields(sizes)}
+    check_keys(changes, kinds, what)
+    for name, value in changes.items():
+        _check_kind(name, value, kinds[name])
+    return dataclasses.replace(sizes, **changes)
+
+
+def _check_kind(name: str, value: Any, annotation: Any) -> None:
+    """Raise ValueError where a value from YAML is of no kind that the annotation names."""
+    kind = type(value).__name__.removesuffix("Type")  # bool, int, float, str, None, list, dict
+    accepted = set(re.findall(r"\w+", str(annotation)))
+    if kind not in accepted and not (kind == "int" and "float" in accepted):
+        words = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "None": "null"}
+        expected = " or ".join(word for kind, word in words.items() if kind in accepted)
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
