@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dis
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from stellar_fast.commands.demo import demo
 from stellar_fast.commands.images import encode, reconstruct, visualize
 from stellar_fast.commands.info import info
 from stellar_fast.commands.train import train
+from stellar_fast.models.weights import WeightsMismatchError
+from stellar_fast.train.loop import NonFiniteLossError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,7 +40,7 @@ def main() -> None:
 
 
 def register(function: Callable[..., None]) -> None:
-    """Add a command whose user errors are one line on stderr and exit code 2; a bug keeps its traceback."""
+    """Add a command whose user errors are one line on stderr and exit code 2; STELLAR_FAST_TRACEBACK=1 shows where."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -46,24 +48,12 @@ def register(function: Callable[..., None]) -> None:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: say("[yellow]warning:[/]", str(message))
                 function(*args, **kwargs)
-        except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
-            if not _is_users(error):
+        except (OSError, ValueError, NotImplementedError, WeightsMismatchError, NonFiniteLossError) as error:
+            if os.environ.get("STELLAR_FAST_TRACEBACK") == "1":
                 raise
             fail(str(error))
 
     app.command()(run)
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether it speaks to the user: from the file system, or from a `raise` statement here or in the hub's package."""
-    if isinstance(error, OSError):
-        return True
-    trace = error.__traceback__
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    if trace is None or trace.tb_frame.f_globals["__name__"].split(".")[0] not in ("stellar_fast", "huggingface_hub"):
-        return False
-    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 for _function in (info, train, encode, reconstruct, visualize, demo):

@@ -2,9 +2,13 @@
 
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# before torch starts its threads: tests are many small products, which more threads only slow down
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -26,6 +30,18 @@ SMALL_KWARGS: dict[str, Any] = {
     "num_local_crops": 2,
     "masking_ratio": 0.5,
 }
+
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave tests marked `cuda` out where there is no GPU, as deselected and so in the count."""
+    if torch.cuda.is_available():
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("cuda")]
+    config.hook.pytest_deselected(items=needs_gpu)
+    items[:] = [item for item in items if item not in needs_gpu]
 
 
 @dataclass(frozen=True)

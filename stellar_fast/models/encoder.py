@@ -17,7 +17,7 @@ from stellar_fast.models.hub import HubMixin
 from stellar_fast.models.output import StellarOutput
 from stellar_fast.models.weights import UpstreamWeightsMixin
 from stellar_fast.nn.vit import Transformer, init_vit_weights
-from stellar_fast.ops import lowrank_product
+from stellar_fast.ops.lowrank_product import lowrank_product
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)

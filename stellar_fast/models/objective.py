@@ -18,7 +18,10 @@ from stellar_fast.models.vqgan import VQGAN
 from stellar_fast.nn.color_augment import ColorAugment
 from stellar_fast.nn.masking import random_keep_indices
 from stellar_fast.nn.prototype_head import PrototypeHead
-from stellar_fast.ops import koleo, prototype_cross_entropy, sinkhorn_knopp, token_match
+from stellar_fast.ops.koleo import koleo
+from stellar_fast.ops.prototype_cross_entropy import prototype_cross_entropy
+from stellar_fast.ops.sinkhorn import sinkhorn_knopp
+from stellar_fast.ops.token_match import token_match
 
 PIXEL_WEIGHT = 10.0
 CODE_WEIGHT = 0.05

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stellar_fast.models.weights import VIT_NAMES, Mismatch, load_tensors, strip_checkpoint
+from stellar_fast.models.weights import VIT_NAMES, Mismatch, WeightsMismatchError, load_tensors, strip_checkpoint
 
 _TIMM = [
     (r"cls_token", ("cls_token",)),
@@ -27,7 +27,7 @@ def load_vit_state_dict(vit: nn.Module, state_dict: Mapping[str, Any]) -> None:
     embedding of another grid is resized bicubically.
 
     Raises:
-        RuntimeError: a missing or misshapen tensor; all of them are named. Nothing was loaded then.
+        WeightsMismatchError: a missing or misshapen tensor; all of them are named. Nothing was loaded then.
     """
     tensors = {re.sub(r"^(model\.|vit\.|base_model\.)+", "", k): v for k, v in strip_checkpoint(state_dict).items()}
     rules = _TIMM if any(name.startswith("blocks.") for name in tensors) else VIT_NAMES
@@ -49,7 +49,7 @@ def load_vit_state_dict(vit: nn.Module, state_dict: Mapping[str, Any]) -> None:
                 else:
                     copies.append((part, given))
         if wrong.missing or wrong.misshapen:
-            raise RuntimeError(wrong.message())
+            raise WeightsMismatchError(wrong.message())
         for part, given in copies:
             part.copy_(given)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stellar_fast.models.config import VQGANConfig
 from stellar_fast.models.weights import load_tensors
-from stellar_fast.ops import nearest_code
+from stellar_fast.ops.nearest_code import nearest_code
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -74,6 +74,10 @@ def upstream_names(name: str) -> tuple[str, ...]:
     raise KeyError(f"no upstream name for tensor {name!r}")
 
 
+class WeightsMismatchError(RuntimeError):
+    """Weights that do not fit the model; the message names every missing, unexpected and misshapen tensor."""
+
+
 class LoadReport(NamedTuple):
     """Names that a lenient load left out."""
 
@@ -147,7 +151,7 @@ class UpstreamWeightsMixin:
                     copies.append((part, given))
         wrong.unexpected = sorted(name for name in tensors if not name.startswith(self._foreign_prefixes))
         if wrong.misshapen or (strict and (wrong.missing or wrong.unexpected)):
-            raise RuntimeError(wrong.message())
+            raise WeightsMismatchError(wrong.message())
         for part, given in copies:
             part.copy_(given)
         return LoadReport(wrong.missing, wrong.unexpected)

@@ -2,50 +2,67 @@
 
 import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from stellar_fast import StellarModel, VQGANConfig
-from tests.conftest import CASES, GOLDEN, GoldenCase, mismatches, read_golden
+from tests.conftest import CASES, DEVICES, GOLDEN, GoldenCase, mismatches, read_golden
+
+
+def on_cpu(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: t.cpu() for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
 def train_once(model: StellarModel, case: GoldenCase, forward=None) -> dict[str, Tensor]:
-    """One forward and backward; the predictions with the total."""
+    """One forward and backward; the predictions with the total, on the CPU."""
+    device = model.encoder.sparse_tokens.device
+    batch = {name: views.to(device) for name, views in case.part("input").items()}
     model.update_teacher()
     step = model if forward is None else forward
-    predictions = step(case.part("input"), keep_indices=case.tensors["train.keep_indices"])["predictions"]
+    predictions = step(batch, keep_indices=case.tensors["train.keep_indices"].to(device))["predictions"]
     total, _ = model.loss(predictions)
     total.backward()
-    return {**predictions, "total": total.detach()}
+    return on_cpu({**predictions, "total": total.detach()})
 
 
 def assert_trains_as_golden(model: StellarModel, case: GoldenCase, forward=None) -> None:
     predictions = train_once(model, case, forward)
     assert mismatches(predictions, case.part("train")) == []
-    gradients = model.upstream_gradients()
+    gradients = on_cpu(model.upstream_gradients())
     assert set(gradients) == set(case.part("grad"))
     assert mismatches(gradients, case.part("grad"), absolute=1e-4) == []
-    assert mismatches(model.upstream_state_dict(), case.part("after_update")) == []
+    assert mismatches(on_cpu(model.upstream_state_dict()), case.part("after_update")) == []
 
 
+@pytest.fixture
+def exact_fp32():
+    """No TF32 in a GPU's convolutions: the tolerances are those of fp32. Matrix products have none by default."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_eval_outputs(name):
+def test_eval_outputs(name, device, exact_fp32):
     case = read_golden(name)
-    model = case.model()
-    image = case.tensors["input.global_views"][:, 0]
+    model = case.model().to(device)
+    image = case.tensors["input.global_views"][:, 0].to(device)
     expected = {key: t for key, t in case.part("eval").items() if key != "vq_decode"}
     with torch.no_grad():
         output = model({"image": image}, mode="eval")["predictions"]
-    assert mismatches(output, expected) == []
+    assert mismatches(on_cpu(output), expected) == []
     assert set(expected) == set(output)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_training_step(name):
+def test_training_step(name, device, exact_fp32):
     case = read_golden(name)
-    assert_trains_as_golden(case.model(), case)
+    assert_trains_as_golden(case.model().to(device), case)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,10 +79,9 @@ def test_training_step_with_gradient_checkpointing(name):
     assert sum(saved) < sum(plain), "checkpointing kept no fewer activations"
 
 
-# inductor takes a minute a case to compile: it gets the widest one of either head, the others stop at its input
+# inductor takes a minute to compile a case: it gets the widest one of either head, the others stop at what it is given
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [(name, "inductor" if name in ("momentum", "vq") else "aot_eager") for name in CASES],
+    ("name", "backend"), [(name, "inductor" if name in ("momentum", "vq") else "aot_eager") for name in CASES]
 )
 def test_training_step_compiled(name, backend):
     torch._dynamo.reset()
