@@ -17,7 +17,6 @@ from stellar_fast.commands.images import encode, reconstruct, visualize
 from stellar_fast.commands.info import info
 from stellar_fast.commands.train import train
 from stellar_fast.models.weights import WeightsMismatchError
-from stellar_fast.train.loop import NonFiniteLossError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,7 +47,7 @@ def register(function: Callable[..., None]) -> None:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: say("[yellow]warning:[/]", str(message))
                 function(*args, **kwargs)
-        except (OSError, ValueError, NotImplementedError, WeightsMismatchError, NonFiniteLossError) as error:
+        except (OSError, ValueError, NotImplementedError, WeightsMismatchError) as error:
             if os.environ.get("STELLAR_FAST_TRACEBACK") == "1":
                 raise
             fail(str(error))

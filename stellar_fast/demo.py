@@ -28,6 +28,7 @@ from stellar_fast.visualize import Pixels, grid_figure, psnr, save_image, save_p
 CROPS_PER_PHOTO = 32
 CROP_SIDE = 160  # pixels of a crop's short side: twice what the views need, and quick to decode
 WIN_SHARE = 0.02
+FINE_SIDE = 256  # pixels; pictures are drawn at this size too
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def demo(out: Path, seconds: int = 150, seed: int = 0) -> Result:
     torch.manual_seed(seed)
     model = build_model(config)
     before = evaluate(model, held_out, seed)
-    result = train(config, loggers=[RichProgress()], model=model)
+    result = train(config, loggers=[RichProgress(console, every=50)], model=model)
     after = evaluate(model, held_out, seed)
     model.save_pretrained(out / "weights")
     draw(model, result, held_out, out)
@@ -174,30 +175,32 @@ def draw(model: StellarModel, result: TrainResult, photos: dict[str, Pixels], ou
     """Write loss_curve.png, reconstructions.png, and a panel of token maps for each photo."""
     model.eval()
     loss_curve(result, out / "loss_curve.png")
-    side = model.encoder.config.image_size
-    images = squares(photos, side)
-    originals, rebuilt = [], []
-    reconstructions = model.reconstruct(model.encode(images))["reconstruction"]
-    for name, image, reconstruction in zip(photos, images, reconstructions, strict=True):
-        photo, result_pixels = to_pixels(image), to_pixels(reconstruction)
-        originals.append((photo, f"{name}, held out"))
-        rebuilt.append((result_pixels, f"reconstruction · {psnr(photo, result_pixels):.1f} dB"))
-    title = (
-        f"Reconstructed from {model.encoder.num_sparse_tokens} sparse tokens, after {result.seconds:.0f} s of training"
-    )
-    save_image(out / "reconstructions.png", grid_figure([originals, rebuilt], title=title))
-    # maps are drawn on a finer grid than the model was trained on: positions resize, tokens do not care
-    large = squares(photos, 2 * side)
-    features = model.encode(large)
-    for i, name in enumerate(photos):
+    tokens, side = model.encoder.num_sparse_tokens, model.encoder.config.image_size
+    rows = []
+    # positions resize and tokens do not care: the model also works on a finer grid than it was trained on
+    for size in (side, FINE_SIDE):
+        images = squares(photos, size)
+        features = model.encode(images)
+        reconstructions = model.reconstruct(features)["reconstruction"]
+        pairs = [(to_pixels(a), to_pixels(b)) for a, b in zip(images, reconstructions, strict=True)]
+        rows.append(
+            [
+                (rebuilt, f"from {tokens} tokens at {size} px · {psnr(photo, rebuilt):.1f} dB")
+                for photo, rebuilt in pairs
+            ]
+        )
+    originals = [(photo, f"{name}, held out") for name, (photo, _) in zip(photos, pairs, strict=True)]
+    title = f"{tokens} sparse tokens an image, after {result.seconds:.0f} s of training"
+    save_image(out / "reconstructions.png", grid_figure([originals, *rows], title=title))
+    for i, (name, (photo, rebuilt)) in enumerate(zip(photos, pairs, strict=True)):
         save_panel(
             out / "tokens" / f"{name}.png",
-            to_pixels(large[i]),
+            photo,
             features["spatial"][i],
             features["dense"][i],
-            model.encoder.grid(large),
+            model.encoder.grid(images),
             title=f"{name}, held out",
-            reconstruction=to_pixels(reconstructions[i]),
+            reconstruction=rebuilt,
         )
 
 
@@ -211,8 +214,8 @@ def loss_curve(result: TrainResult, path: Path) -> None:
     steps = [record["step"] for record in result.history]
     for axis, name in zip(axes, names, strict=False):
         values = np.array([record[name] for record in result.history])
-        window = max(1, len(values) // 25)
-        smooth = np.convolve(np.pad(values, (window - 1, 0), mode="edge"), np.ones(window) / window, mode="valid")
+        half = len(values) // 50
+        smooth = np.convolve(np.pad(values, half, mode="edge"), np.ones(2 * half + 1) / (2 * half + 1), mode="valid")
         axis.plot(steps, values, color="#b9c4d8", linewidth=0.8)
         axis.plot(steps, smooth, color="#2456a6", linewidth=1.8)
         axis.set_title(name, fontsize=11)
