@@ -11,16 +11,9 @@ def _check_positive(config: Any) -> None:
             raise ValueError(f"{type(config).__name__}.{f.name} must be at least 1 but is {value}")
 
 
-def _check_heads(config: "EncoderConfig | DecoderConfig") -> None:
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
-        )
-
-
 @dataclass(frozen=True)
-class EncoderConfig:
-    """Sizes of the ViT encoder (Hugging Face names); sizes in pixels for image and patch."""
+class ViTConfig:
+    """Sizes of a vision transformer (Hugging Face names); image and patch in pixels."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -33,7 +26,10 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self)
-        _check_heads(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
         if self.num_channels != 3:
             raise ValueError(f"images have 3 channels (RGB) but num_channels is {self.num_channels}")
         if self.image_size < self.patch_size:
@@ -46,21 +42,18 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of the ViT decoder. Image and patch size shape only its unused embedding, which weight files carry."""
+class EncoderConfig(ViTConfig):
+    """Sizes of the encoder; the defaults are those of b16."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig(ViTConfig):
+    """Sizes of the decoder. Image and patch size shape only its unused embedding, which weight files carry."""
 
     hidden_size: int = 512
     num_hidden_layers: int = 6
     num_attention_heads: int = 8
     intermediate_size: int = 2048
-    image_size: int = 224
-    patch_size: int = 16
-    num_channels: int = 3
-    layer_norm_eps: float = 1e-12
-
-    def __post_init__(self) -> None:
-        _check_positive(self)
-        _check_heads(self)
 
 
 @dataclass(frozen=True)
@@ -135,6 +128,6 @@ def resolve_preset(name: str) -> Preset:
     return preset
 
 
-def config_dict(config: EncoderConfig | DecoderConfig | VQGANConfig) -> dict[str, Any]:
+def config_dict(config: ViTConfig | VQGANConfig) -> dict[str, Any]:
     """The config as JSON-able values."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

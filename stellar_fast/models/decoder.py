@@ -32,7 +32,7 @@ class Decoder(nn.Module):
         )
         init_vit_weights(self)
         # never touch the output; weight files carry them, so they are kept, and not trained
-        num_positions = 1 + (config.image_size // config.patch_size) ** 2
+        num_positions = 1 + config.grid_side**2
         self.register_buffer("cls_token", torch.randn(1, 1, dim) * 0.02)
         self.register_buffer("pos_embed", torch.randn(1, num_positions, dim) * 0.02)
         self.register_buffer("patch_embed_weight", torch.randn(dim, 3, config.patch_size, config.patch_size) * 0.02)
