@@ -1,6 +1,8 @@
 """Which backends exist here, why others do not, and which one an operator takes.
 
     reference   plain torch or Pillow: the oracle, works everywhere
+    torch       torch's own operator, for the dtype and device at hand
+    onednn      oneDNN called past torch's choice of library, on CPUs
     cpu         C++ in stellar_fast._C
     triton      Triton kernels, on NVIDIA GPUs
     cuda        CUDA C++ in stellar_fast._C
@@ -20,12 +22,13 @@ import torch
 
 from stellar_fast import native
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "torch", "onednn", "cpu", "triton", "cuda")
 
 # The backends of each operator, fastest first.
 OPS: dict[str, tuple[str, ...]] = {
     "crop_resize": ("cpu", "reference"),
     "koleo": ("reference",),
+    "linear": ("onednn", "torch", "reference"),
     "lowrank_product": ("reference",),
     "nearest_code": ("reference",),
     "prototype_cross_entropy": ("reference",),
@@ -51,6 +54,8 @@ def why_not(backend: str) -> str:
     """Why this machine cannot run `backend` at all; empty where it can."""
     if backend == "cpu":
         return native.reason()
+    if backend == "onednn":
+        return "" if torch.backends.mkldnn.is_available() else f"torch {torch.__version__} was built without oneDNN"
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
     if backend == "cuda":
@@ -67,8 +72,9 @@ def why_not(backend: str) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result
 def pick(op: str) -> str:
-    """Return the backend that `op` takes now.
+    """Return the backend that `op` takes now. A compiled function keeps the one of its first call.
 
     Raises:
         ValueError: the requested backend is unknown, not written for `op`, or does not work here.
@@ -88,10 +94,15 @@ def describe() -> list[Row]:
     """One row for each operator and backend: available or why not, and which one is taken."""
     rows = []
     for op, written in OPS.items():
-        taken = pick(op)
+        try:
+            taken = pick(op)
+        except ValueError as error:
+            taken, refused = "", f"; {error}"
+        else:
+            refused = ""
         for backend in BACKENDS:
             reason = why_not(backend) if backend in written else "not written for this operator"
-            rows.append(Row(op, backend, not reason, reason or ("in use" if backend == taken else "works")))
+            rows.append(Row(op, backend, not reason, reason or ("in use" if backend == taken else f"works{refused}")))
     return rows
 
 

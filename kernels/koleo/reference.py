@@ -1,8 +1,10 @@
-"""Plain torch KoLeo in fp32. N images, K tokens, width D."""
+"""Plain torch KoLeo in fp32 (fp64 where given). N images, K tokens, width D."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stellar_fast.kernels.common.precision import at_least_fp32
 
 EPS = 1e-8
 
@@ -10,7 +12,7 @@ EPS = 1e-8
 def koleo(x_NKD: Tensor, min_distance: float = 0.0) -> Tensor:
     """Return the 0-dim fp32 loss; gradients reach both ends of each pair, the choice of pairs has none."""
     with torch.autocast(x_NKD.device.type, enabled=False):
-        x = F.normalize(x_NKD.float(), dim=-1, eps=EPS)
+        x = F.normalize(at_least_fp32(x_NKD), dim=-1, eps=EPS)
         with torch.no_grad():
             similarity = x @ x.mT
             similarity.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)

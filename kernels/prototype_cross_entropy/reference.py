@@ -1,7 +1,9 @@
-"""Plain torch prototype cross-entropy in fp32. R predictions, T targets, C prototypes."""
+"""Plain torch prototype cross-entropy in fp32 (fp64 where given). R predictions, T targets, C prototypes."""
 
 import torch
 from torch import Tensor
+
+from stellar_fast.kernels.common.precision import at_least_fp32
 
 
 def prototype_cross_entropy(
@@ -10,5 +12,5 @@ def prototype_cross_entropy(
     """Return the 0-dim fp32 loss; `index` names the target row that each prediction learns."""
     with torch.autocast(logits_RC.device.type, enabled=False):
         targets = targets_TC.detach() if index_R is None else targets_TC.detach()[index_R]
-        log_probability = torch.log_softmax(logits_RC.float() / temperature, dim=-1)
+        log_probability = torch.log_softmax(at_least_fp32(logits_RC) / temperature, dim=-1)
         return -(targets * log_probability).sum(dim=-1).mean()

@@ -1,8 +1,10 @@
-"""Plain torch Sinkhorn-Knopp in fp32, in the exponential domain. R tokens (rows), C prototypes (columns)."""
+"""Plain torch Sinkhorn-Knopp in fp32 (fp64 where given), in the exponential domain. R rows, C columns."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from stellar_fast.kernels.common.precision import at_least_fp32
 
 SUM_EPS = 1e-8
 PEAK = 50.0  # every column is shifted so that its largest exponent is 50: exp(50) is far from overflow in fp32
@@ -16,7 +18,7 @@ def sinkhorn_knopp(
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Return assignments (R, C) fp32 without gradient; with `group`, R is this rank's share of the rows."""
-    scores = logits_RC.detach().float() / temperature
+    scores = at_least_fp32(logits_RC.detach()) / temperature
     column_max = scores.amax(dim=0)
     if group is not None:
         dist.all_reduce(column_max, op=dist.ReduceOp.MAX, group=group)

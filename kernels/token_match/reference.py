@@ -1,7 +1,9 @@
-"""Plain torch token matching in fp32. N problems of K predicted against K target tokens of width D."""
+"""Plain torch token matching in fp32 (fp64 where given). N problems, K tokens of width D on either side."""
 
 import torch
 from torch import Tensor
+
+from stellar_fast.kernels.common.precision import at_least_fp32
 
 
 def transport_plan(
@@ -12,7 +14,7 @@ def transport_plan(
     iterations: int = 5,
 ) -> Tensor:
     """Return the plan (N, K, K) fp32; rows are predictions, columns targets."""
-    cost = torch.cdist(pred_NKD.float(), target_NKD.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    cost = torch.cdist(at_least_fp32(pred_NKD), at_least_fp32(target_NKD), compute_mode="donot_use_mm_for_euclid_dist")
     if filter_NK is not None:
         cost = torch.where(filter_NK[:, None, :].bool(), cost, 2 * cost.amax())
     v = cost.new_zeros(cost.shape[0], 1, cost.shape[2])

@@ -1,7 +1,11 @@
 """Sizes: encoder, decoder, VQGAN, and the named presets."""
 
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def _check_positive(config: Any) -> None:
@@ -126,6 +130,21 @@ def resolve_preset(name: str) -> Preset:
     if preset is None:
         raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     return preset
+
+
+def build_from(kind: Callable[..., T], arguments: Mapping[str, Any], what: str) -> T:
+    """Call `kind` with saved arguments.
+
+    Raises:
+        ValueError: an argument that it does not have, or one that it needs and is not there; named.
+    """
+    parameters = inspect.signature(kind).parameters
+    unknown = [name for name in arguments if name not in parameters]
+    needed = [name for name, p in parameters.items() if p.default is p.empty and name not in arguments]
+    if unknown or needed:
+        wrong = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(needed)}"
+        raise ValueError(f"the {what} config does not fit: {wrong}; it has {', '.join(parameters)}")
+    return kind(**arguments)
 
 
 def config_dict(config: ViTConfig | VQGANConfig) -> dict[str, Any]:

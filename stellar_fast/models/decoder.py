@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from stellar_fast.models.config import DecoderConfig
 from stellar_fast.nn.fourier_position import FourierPosition
+from stellar_fast.nn.linear import Linear
 from stellar_fast.nn.vit import Transformer, init_vit_weights
 
 
@@ -22,13 +23,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         dim = config.hidden_size
-        self.proj = nn.Linear(embed_dim, dim)
+        self.proj = Linear(embed_dim, dim)
         self.position = FourierPosition(dim)
         self.transformer = Transformer(
             dim, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
         )
         self.head: nn.Module = (
-            nn.ConvTranspose2d(dim, 3, patch_size, patch_size) if num_codes is None else nn.Linear(dim, num_codes)
+            nn.ConvTranspose2d(dim, 3, patch_size, patch_size) if num_codes is None else Linear(dim, num_codes)
         )
         init_vit_weights(self)
         # never touch the output; weight files carry them, so they are kept, and not trained
@@ -42,7 +43,8 @@ class Decoder(nn.Module):
 
     def forward(self, lowrank_BPD: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return pixels (B, 3, height, width), or code logits (B, P, codes)."""
-        x = self.transformer(self.proj(lowrank_BPD) + self.position(grid))
+        dtype = self.proj.weight.dtype
+        x = self.transformer(self.proj(lowrank_BPD.to(dtype)) + self.position(grid).to(dtype))
         if isinstance(self.head, nn.ConvTranspose2d):
             x = x.mT.unflatten(2, grid)
         return self.head(x)

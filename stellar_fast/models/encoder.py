@@ -12,15 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stellar_fast.models.config import EncoderConfig, config_dict, resolve_preset
+from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.models.config import EncoderConfig, build_from, config_dict, resolve_preset
 from stellar_fast.models.hub import HubMixin
 from stellar_fast.models.output import StellarOutput
 from stellar_fast.models.weights import UpstreamWeightsMixin
+from stellar_fast.nn.linear import Linear
 from stellar_fast.nn.vit import Transformer, init_vit_weights
 from stellar_fast.ops.lowrank_product import lowrank_product
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+RANGE_SLACK = 1e-3  # resizing overshoots by rounding; what is normalised or up to 255 is far beyond
 
 
 def check_images(images: Tensor, patch_size: int, name: str = "images") -> None:
@@ -40,8 +43,13 @@ def check_images(images: Tensor, patch_size: int, name: str = "images") -> None:
         raise ValueError(f"{name} must be uint8 or floating point in [0, 1] but is {images.dtype}")
     if images.numel() and _values_are_checked(images):
         low, high = (bound.item() for bound in torch.aminmax(images.detach()))
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"{name} must lie in [0, 1] but span [{low:.4g}, {high:.4g}]; do not normalise them")
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+            raise ValueError(f"{name} must lie in [0, 1] but span [{low:.6g}, {high:.6g}]; do not normalise them")
+
+
+def to_unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images as floating point in [0, 1], from that or from uint8."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
 def check_keep_indices(keep_indices: Tensor, num_images: int, num_patches: int) -> None:
@@ -81,12 +89,18 @@ class SparseViT(nn.Module):
         self.transformer = Transformer(
             dim, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
         )
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.empty(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(3, 1, 1), persistent=False)
+        self.reset_constants()
         # never touches the output; weight files carry it, so it is kept, and not trained
         self.register_buffer("pooler_weight", torch.randn(dim, dim) * 0.02)
         self.register_buffer("pooler_bias", torch.zeros(dim))
         init_vit_weights(self)
+
+    def reset_constants(self) -> None:
+        """Fill the buffers that no file holds: after `to_empty` they hold nothing."""
+        self.mean.copy_(torch.tensor(IMAGE_MEAN).view(3, 1, 1))
+        self.std.copy_(torch.tensor(IMAGE_STD).view(3, 1, 1))
 
     @property
     def num_sparse_tokens(self) -> int:
@@ -103,8 +117,8 @@ class SparseViT(nn.Module):
             return self.pos_embed
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        patches = F.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((cls, patches.flatten(2).mT), dim=1)
+        patches = F.interpolate(at_least_fp32(patches), size=grid, mode="bicubic", align_corners=False)
+        return torch.cat((cls, patches.flatten(2).mT.to(cls.dtype)), dim=1)
 
     def tokens(self, images: Tensor, keep_indices: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Run the transformer.
@@ -118,7 +132,7 @@ class SparseViT(nn.Module):
         """
         check_images(images, self.config.patch_size)
         dtype = self.patch_embed.weight.dtype
-        pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+        pixels = to_unit_range(images, dtype)
         grid = self.grid(images)
         position = self.position(grid)
         patches = self.patch_embed((pixels - self.mean) / self.std).flatten(2).mT + position[:, 1:]
@@ -128,7 +142,9 @@ class SparseViT(nn.Module):
         B = images.shape[0]
         cls = (self.cls_token + position[:, :1]).expand(B, -1, -1)
         x = self.transformer(torch.cat((cls, patches, self.sparse_tokens.expand(B, -1, -1)), dim=1))
-        return x.split_with_sizes([1, patches.shape[1], self.num_sparse_tokens], dim=1)
+        # three slices, not one split: a view of several outputs is replayed wrongly after a graph break (torch 2.13)
+        K = self.num_sparse_tokens
+        return x[:, :1], x[:, 1:-K], x[:, -K:]
 
 
 class StellarEncoder(UpstreamWeightsMixin, SparseViT, HubMixin):
@@ -145,7 +161,7 @@ class StellarEncoder(UpstreamWeightsMixin, SparseViT, HubMixin):
     Source: "Learning Sparse Visual Representations via Spatial-Semantic Factorization" (arXiv 2602.01905).
     """
 
-    _foreign_prefixes = (
+    _absent_prefixes = (
         *("decoder.", "decoder_proj.", "reconstruction_head.", "position_embedding."),
         *("clustering_head.", "cls_cluster_head.", "teacher_", "tokenizer."),
     )
@@ -159,13 +175,14 @@ class StellarEncoder(UpstreamWeightsMixin, SparseViT, HubMixin):
         if isinstance(config, str):
             preset = resolve_preset(config)
             config = preset.encoder
-            num_sparse_tokens = num_sparse_tokens or preset.model.get("num_sparse_tokens")
+            if num_sparse_tokens is None:
+                num_sparse_tokens = preset.model.get("num_sparse_tokens")
         super().__init__(config, 16 if num_sparse_tokens is None else num_sparse_tokens)
         if spatial_temp is not None and not spatial_temp > 0:
             raise ValueError(f"spatial_temp must be positive or None but is {spatial_temp}")
         self.spatial_temp = spatial_temp
-        self.dense_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.sparse_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense_proj = Linear(config.hidden_size, config.hidden_size)
+        self.sparse_proj = Linear(config.hidden_size, config.hidden_size)
         init_vit_weights(self.dense_proj)
         init_vit_weights(self.sparse_proj)
 
@@ -181,10 +198,14 @@ class StellarEncoder(UpstreamWeightsMixin, SparseViT, HubMixin):
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> "StellarEncoder":
         """Build an encoder from `config_dict`, or from a StellarModel's config."""
         arguments = {name: config[name] for name in ("num_sparse_tokens", "spatial_temp") if name in config} | overrides
-        return cls(EncoderConfig(**config["encoder"]), **arguments)
+        if "encoder" not in config:
+            raise ValueError(f"the config has no 'encoder', only {', '.join(config) or 'nothing'}")
+        encoder = build_from(EncoderConfig, config["encoder"], "encoder")
+        return build_from(cls, {"config": encoder, **arguments}, "encoder")
 
-    def _absent_prefixes(self) -> tuple[str, ...]:
-        return self._foreign_prefixes
+    def gradient_checkpointing_enable(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward of a training-mode pass instead of keeping them."""
+        self.transformer.gradient_checkpointing = enable
 
     def localize(self, dense: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Factorise: returns lowrank (B, P, D), spatial (B, P, K), peak_dist (B, K)."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from stellar_fast.files import write_atomically
 from stellar_fast.models.config import PRESETS, DecoderConfig, EncoderConfig, config_dict, resolve_preset
-from stellar_fast.models.weights import load_tensors
+from stellar_fast.models.weights import WEIGHT_SUFFIXES, load_tensors
 
 try:
     from huggingface_hub import ModelHubMixin
@@ -73,7 +73,11 @@ class HubMixin(
             )
         if path.is_dir():
             return cls._from_pretrained(model_id=str(path), model=model, **kwargs)
-        if path.suffix or len(path.parts) != 2 or str(pretrained_model_name_or_path).startswith((".", "/", "~")):
+        if (
+            path.suffix in WEIGHT_SUFFIXES
+            or len(path.parts) != 2
+            or str(pretrained_model_name_or_path).startswith((".", "/", "~"))
+        ):
             raise FileNotFoundError(f"{pretrained_model_name_or_path} is neither a file, nor a directory, nor a hub id")
         return super().from_pretrained(str(pretrained_model_name_or_path), model=model, **kwargs)
 
@@ -99,6 +103,10 @@ class HubMixin(
     ) -> Any:
         if CONFIG_KEY in config:
             saved, weights = config[CONFIG_KEY], WEIGHTS_NAME
+            if model is not None and config_dict(resolve_preset(model).encoder) != saved.get("encoder"):
+                raise ValueError(
+                    f"model {model!r} was asked for, but the saved one has other sizes: {saved.get('encoder')}"
+                )
         elif "models" in config:
             saved, weights = manifest_config(config["models"], model or stem)
         elif model or (stem and stem.removeprefix("stellar-") in PRESETS):
@@ -108,9 +116,7 @@ class HubMixin(
                 f"no config.json with {CONFIG_KEY!r} or 'models' beside the weights: name the model= they are of"
             )
         instance = cls.from_config(saved, **kwargs)
-        absent = instance._absent_prefixes()
-        tensors = {name: t for name, t in load_tensors(locate(weights)).items() if not name.startswith(absent)}
-        instance.load_upstream_state_dict(tensors)
+        instance.load_upstream_state_dict(load_tensors(locate(weights)))
         return instance.eval()
 
 

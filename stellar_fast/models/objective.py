@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.models.decoder import Decoder
-from stellar_fast.models.encoder import StellarEncoder
+from stellar_fast.models.encoder import StellarEncoder, check_images, to_unit_range
 from stellar_fast.models.teacher import Teacher
 from stellar_fast.models.vqgan import VQGAN
 from stellar_fast.nn.color_augment import ColorAugment
@@ -128,10 +129,13 @@ class Objective(nn.Module):
             raise ValueError(f"global_views must be (B, V, 3, H, W) but has shape {tuple(views.shape)}")
         needed = max(self.num_masks if self.do_masking else 1, 2 if self.teacher is not None else 1)
         if views.shape[1] < needed:
-            raise ValueError(
-                f"global_views has {views.shape[1]} views but the model needs {needed} (num_masks {self.num_masks})"
-            )
+            reason = "the teacher sees view 1" if needed > self.num_masks else f"num_masks is {self.num_masks}"
+            raise ValueError(f"global_views has {views.shape[1]} views but the model needs {needed}: {reason}")
+        if not views.shape[0]:
+            raise ValueError("global_views has 0 images: a training step needs at least 1")
+        patch = self.encoder.config.patch_size
         masked = views[:, : self.num_masks]
+        check_images(views[:, :needed].flatten(0, 1), patch, "global_views")
         if not (self.do_cls and self.do_cropping):
             return masked, masked[:, :0]
         local = require(batch, "local_views")
@@ -139,27 +143,31 @@ class Objective(nn.Module):
             raise ValueError(f"local_views must be ({views.shape[0]}, L, 3, h, w) but has shape {tuple(local.shape)}")
         if local.shape[1] < self.num_local_crops:
             raise ValueError(f"local_views has {local.shape[1]} views but num_local_crops is {self.num_local_crops}")
-        return masked, local[:, : self.num_local_crops]
+        local = local[:, : self.num_local_crops]
+        check_images(local.flatten(0, 1), patch, "local_views")
+        return masked, local
 
     def _augment(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        return images if self.color_augment is None else self.color_augment(_to_float(images), generator)
+        dtype = self.encoder.patch_embed.weight.dtype
+        return images if self.color_augment is None else self.color_augment(to_unit_range(images, dtype), generator)
 
     def _reconstruction(self, predictions: dict[str, Any], clean: Tensor, dense: Tensor, sparse: Tensor) -> None:
         assert self.decoder is not None
         grid, patch = self.encoder.grid(clean), self.encoder.config.patch_size
         lowrank, spatial, _ = self.encoder.localize(dense, sparse)
         predictions["metrics"]["token_entropy"] = token_entropy(spatial)
-        target = _to_float(clean)[..., : grid[0] * patch, : grid[1] * patch]
+        clean = clean[..., : grid[0] * patch, : grid[1] * patch]
+        target = to_unit_range(clean, torch.promote_types(dense.dtype, torch.float32))
         predictions["x_original"] = target
         x_hat = predictions["x_hat"] = self.decoder(lowrank, grid)
         if self.tokenizer is None:
-            predictions["MSE"] = F.mse_loss(x_hat.float(), target.float())
+            predictions["MSE"] = F.mse_loss(at_least_fp32(x_hat), target)
             return
         step = self.tokenizer.config.downscale
         if step != patch:  # so that there is one code a patch
             target = F.interpolate(target, size=(grid[0] * step, grid[1] * step), mode="bicubic", align_corners=False)
         codes = predictions["vq_codes"] = self.tokenizer.encode(target).flatten(1)
-        predictions["VQ-CE"] = F.cross_entropy(x_hat.float().flatten(0, 1), codes.flatten())
+        predictions["VQ-CE"] = F.cross_entropy(at_least_fp32(x_hat).flatten(0, 1), codes.flatten())
 
     def _targets(self, predictions: dict[str, Any], views: Tensor, cls: Tensor, sparse: Tensor) -> dict[str, Tensor]:
         """The clean view's losses, and the targets: tokens (B, K, D), assignments sparse (B * K, C) and cls (B, C)."""
@@ -251,7 +259,3 @@ def require(batch: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in batch:
         raise ValueError(f"the batch has no {name!r}, only {', '.join(map(repr, batch))}")
     return batch[name]
-
-
-def _to_float(images: Tensor) -> Tensor:
-    return images.float() / 255 if images.dtype == torch.uint8 else images

@@ -37,6 +37,9 @@ class StellarOutput(Mapping[str, Tensor]):
         """(B, K, D + P): `sparse` beside `spatial` transposed."""
         return torch.cat((self.sparse, self.spatial.mT.to(self.sparse.dtype)), dim=-1)
 
+    __eq__ = object.__eq__  # a Mapping would compare the tensors
+    __hash__ = object.__hash__
+
     def __getitem__(self, key: str) -> Tensor:
         if key not in KEYS:
             raise KeyError(f"{key!r} is not one of {', '.join(KEYS)}")
@@ -54,6 +57,6 @@ _TENSORS = ("cls", "sparse", "dense", "spatial", "lowrank", "peak_dist")
 pytree.register_pytree_node(
     StellarOutput,
     lambda output: ([getattr(output, name) for name in _TENSORS], output.grid),
-    lambda tensors, grid: StellarOutput(**dict(zip(_TENSORS, tensors, strict=True)), grid=grid),
+    lambda tensors, grid: StellarOutput(**dict(zip(_TENSORS, tensors, strict=True)), grid=tuple(grid)),
     serialized_type_name="stellar_fast.StellarOutput",
 )

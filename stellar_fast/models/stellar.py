@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.models.build import FROM_ENCODER, FromEncoder, build_encoder, build_vqgan, with_depth
 from stellar_fast.models.config import (
     DecoderConfig,
     EncoderConfig,
     VQGANConfig,
+    build_from,
     config_dict,
     resolve_preset,
 )
@@ -144,6 +146,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
             teacher_momentum_final=teacher_momentum_final,
             teacher_momentum_schedule_steps=teacher_momentum_schedule_steps,
         )
+        if vq_model is not None and not do_recon:
+            raise ValueError(f"vq_model {vq_model!r} has no use with do_recon=False")
         if not do_clustering and (do_masking or do_cls or momentum_teacher):
             raise NotImplementedError(
                 "do_clustering=False with do_masking, do_cls or momentum_teacher: they need its targets"
@@ -188,6 +192,17 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         if momentum_teacher and self.clustering_head is not None:
             self.teacher = Teacher(self.encoder, self.clustering_head, self.cls_cluster_head)
         self._teacher_is_stale = False
+        if not do_recon:  # the localization serves the reconstruction alone: kept in files, not trained
+            self.encoder.dense_proj.requires_grad_(False)
+            self.encoder.sparse_proj.requires_grad_(False)
+        parts = {
+            ("decoder.", "decoder_proj.", "reconstruction_head.", "position_embedding."): self.decoder,
+            ("tokenizer.",): self.tokenizer,
+            ("clustering_head.",): self.clustering_head,
+            ("cls_cluster_head.",): self.cls_cluster_head,
+            ("teacher_",): self.teacher,
+        }
+        self._absent_prefixes = tuple(name for names, part in parts.items() if part is None for name in names)
         self._config = {name: value for name, value in arguments.items() if name not in _NOT_SAVED} | {
             "encoder": config_dict(self.encoder.config),
             "decoder": config_dict(decoder),
@@ -208,19 +223,6 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         """What `save_pretrained` writes."""
         return self.config
 
-    def _absent_prefixes(self) -> tuple[str, ...]:
-        """Upstream's names of the parts that this model was built without."""
-        absent = []
-        if self.decoder is None:
-            absent += ["decoder.", "decoder_proj.", "reconstruction_head.", "position_embedding."]
-        if self.clustering_head is None:
-            absent.append("clustering_head.")
-        if self.cls_cluster_head is None:
-            absent.append("cls_cluster_head.")
-        if self.teacher is None:
-            absent.append("teacher_")
-        return tuple(absent)
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> "StellarModel":
         """Build a model from `config`.
@@ -228,6 +230,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         Raises:
             ValueError: a head over VQ codes without `vq_model`, or an unknown argument.
         """
+        if "encoder" not in config:
+            raise ValueError(f"the config has no 'encoder', only {', '.join(config) or 'nothing'}")
         arguments = {**config, **overrides}
         codes = arguments.pop("reconstruction", "pixels") == "codes"
         if codes and arguments.get("do_recon", True) and arguments.get("vq_model") is None:
@@ -236,11 +240,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
             )
         for name, kind in (("encoder", EncoderConfig), ("decoder", DecoderConfig)):
             if isinstance(arguments.get(name), Mapping):
-                arguments[name] = kind(**arguments[name])
-        try:
-            return cls(**arguments)
-        except TypeError as error:
-            raise ValueError(f"the model's config does not fit: {error}") from error
+                arguments[name] = build_from(kind, arguments[name], name)
+        return build_from(cls, arguments, "model")
 
     @property
     def local_size(self) -> int:
@@ -249,7 +250,7 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
 
     def gradient_checkpointing_enable(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward instead of keeping them."""
-        self.encoder.transformer.gradient_checkpointing = enable
+        self.encoder.gradient_checkpointing_enable(enable)
         if self.decoder is not None:
             self.decoder.transformer.gradient_checkpointing = enable
 
@@ -262,6 +263,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         Args:
             momentum: m; None takes `teacher_momentum`. Without a teacher nothing happens.
         """
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in [0, 1] but is {momentum}")
         if self.teacher is None:
             return
         self.teacher.update(self, self.teacher_momentum if momentum is None else momentum)
@@ -284,7 +287,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
                 All uint8, or floating in [0, 1]. Views beyond `num_masks` and `num_local_crops` are ignored.
             mode: "train" or "eval".
             keep_indices: (B * V, kept) int64 visible patches in row order (image, view); None draws masks.
-            generator: source of the masks and the colour augmentation, on the batch's device.
+            generator: source of the masks and the colour augmentation, on the batch's device. Under torch.compile it
+                breaks the graph; without one the global random state is used, which compiles whole.
 
         Returns:
             {"predictions": ...}. In eval mode a `StellarOutput`. In train mode a dict of 0-dim fp32 losses (`MSE` or
@@ -300,9 +304,11 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
             return {"predictions": self.encoder(require(batch, "image"))}
         if mode != "train":
             raise ValueError(f"mode must be 'train' or 'eval' but is {mode!r}")
-        if self._teacher_is_stale and not torch.compiler.is_compiling():
-            warnings.warn("the teacher was not updated since the last step: call model.update_teacher()", stacklevel=2)
-        self._teacher_is_stale = self.teacher is not None
+        if self.teacher is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self._teacher_is_stale:  # the stack: this forward, two frames of nn.Module's call, the caller
+                message = "the teacher was not updated since the last step: call model.update_teacher()"
+                warnings.warn(message, stacklevel=4)
+            self._teacher_is_stale = True
 
         return {"predictions": self.training_step(batch, keep_indices, generator)}
 
@@ -326,8 +332,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
 
         Args:
             features: what `encode` returned; or the sparse tokens (B, K, D).
-            spatial: (B, P, K) where tokens are given.
-            sparse: (B, K, D), another way to give them.
+            spatial: (B, P, K); beside features it takes the place of theirs.
+            sparse: (B, K, D); likewise.
             grid: patches in height and width; None takes that of `features`, else a square one.
 
         Returns:
@@ -340,7 +346,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
             raise ValueError("this model was built with do_recon=False and has no decoder")
         if isinstance(features, Mapping):
             grid = grid or getattr(features, "grid", None)
-            sparse, spatial = features["sparse"], features["spatial"]
+            sparse = features.get("sparse") if sparse is None else sparse
+            spatial = features.get("spatial") if spatial is None else spatial
         elif features is not None:
             sparse = features
         if sparse is None or spatial is None:
@@ -357,7 +364,11 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         height, width = grid or (math.isqrt(P), math.isqrt(P))
         if height * width != P:
             raise ValueError(f"spatial has {P} patches but the grid is {height}x{width}: pass grid=(height, width)")
-        x_hat = self.decoder(spatial @ sparse, (height, width))
+        if sparse.shape[2] != self.encoder.config.hidden_size:
+            raise ValueError(f"sparse has width {sparse.shape[2]} but the model has {self.encoder.config.hidden_size}")
+        with torch.autocast(sparse.device.type, enabled=False):  # fp32, as in training
+            lowrank = at_least_fp32(spatial) @ at_least_fp32(sparse)
+        x_hat = self.decoder(lowrank, (height, width))
         if self.tokenizer is None:
             return {"reconstruction": x_hat.clamp(0, 1)}
         return {"reconstruction": self.tokenizer.decode(x_hat.argmax(dim=-1).view(-1, height, width))}
@@ -374,6 +385,12 @@ def _check_ranges(model: StellarModel, sk_temp: float) -> None:
         raise ValueError(f"focal_mode must be one of {FOCAL_MODES} but is {model.focal_mode!r}")
     if not 0 <= model.masking_ratio < 1:
         raise ValueError(f"masking_ratio must be in [0, 1) but is {model.masking_ratio}")
+    if model.focal_probability is not None and not 0 <= model.focal_probability <= 1:
+        raise ValueError(f"focal_probability must be in [0, 1] but is {model.focal_probability}")
+    if model.koleo_min_distance < 0:
+        raise ValueError(f"koleo_min_distance must be at least 0 but is {model.koleo_min_distance}")
+    if model.do_koleo and model.encoder.num_sparse_tokens < 2:
+        raise ValueError("do_koleo spreads tokens apart and needs 2 of them but num_sparse_tokens is 1")
     if not 0 <= model.teacher_momentum <= 1:
         raise ValueError(f"teacher_momentum must be in [0, 1] but is {model.teacher_momentum}")
     for name, value in (("logits_temp", model.logits_temp), ("sk_temp", sk_temp)):

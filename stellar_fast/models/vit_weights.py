@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stellar_fast.models.weights import VIT_NAMES, Mismatch, WeightsMismatchError, load_tensors, strip_checkpoint
+from stellar_fast.models.weights import (
+    VIT_NAMES,
+    WEIGHT_SUFFIXES,
+    Mismatch,
+    WeightsMismatchError,
+    load_tensors,
+    strip_checkpoint,
+)
 
 _TIMM = [
     (r"cls_token", ("cls_token",)),
@@ -20,6 +27,11 @@ _TIMM = [
 ]
 
 
+# what belongs to a trunk, whichever names it has, and what a trunk may have without an effect here
+_TRUNK = ("blocks.", "encoder.layer.", "embeddings.", "norm.", "norm_pre.", "layernorm.", "reg_token", "patch_embed.")
+_UNUSED = ("embeddings.mask_token",)
+
+
 def load_vit_state_dict(vit: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Start the trunk of an encoder from a plain ViT: Hugging Face ViT or ViT-MAE, or timm.
 
@@ -27,7 +39,8 @@ def load_vit_state_dict(vit: nn.Module, state_dict: Mapping[str, Any]) -> None:
     embedding of another grid is resized bicubically.
 
     Raises:
-        WeightsMismatchError: a missing or misshapen tensor; all of them are named. Nothing was loaded then.
+        WeightsMismatchError: a missing or misshapen tensor, or one of a trunk that is not this one (more layers, layer
+            scale, register tokens); all of them are named. Nothing was loaded then.
     """
     tensors = {re.sub(r"^(model\.|vit\.|base_model\.)+", "", k): v for k, v in strip_checkpoint(state_dict).items()}
     rules = _TIMM if any(name.startswith("blocks.") for name in tensors) else VIT_NAMES
@@ -38,7 +51,7 @@ def load_vit_state_dict(vit: nn.Module, state_dict: Mapping[str, Any]) -> None:
         for ours, tensor in vit.state_dict(keep_vars=True).items():
             names = next((tuple(m.expand(n) for n in ns) for p, ns in rules if (m := re.fullmatch(p, ours))), ())
             for part, name in zip(tensor.detach().chunk(max(len(names), 1)), names, strict=False):
-                given = tensors.get(name)
+                given = tensors.pop(name, None)
                 if given is not None and ours == "pos_embed" and given.shape != part.shape:
                     given = _resize_position(given, part)
                 if given is None:
@@ -48,7 +61,8 @@ def load_vit_state_dict(vit: nn.Module, state_dict: Mapping[str, Any]) -> None:
                     wrong.misshapen.append(f"{name} is {tuple(given.shape)} but the model needs {tuple(part.shape)}")
                 else:
                     copies.append((part, given))
-        if wrong.missing or wrong.misshapen:
+        wrong.unexpected = sorted(name for name in tensors if name.startswith(_TRUNK) and name not in _UNUSED)
+        if wrong.missing or wrong.misshapen or wrong.unexpected:
             raise WeightsMismatchError(wrong.message())
         for part, given in copies:
             part.copy_(given)
@@ -77,7 +91,7 @@ def read_vit_weights(source: str | Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"no model.safetensors or pytorch_model.bin in {path}")
         path = found[0]
     elif not path.is_file():
-        if len(path.parts) != 2:
+        if len(path.parts) != 2 or path.suffix in WEIGHT_SUFFIXES:
             raise FileNotFoundError(f"vit_pretrained {source} is neither a file, nor a directory, nor a hub id")
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+
 # our name inside a ViT -> upstream's (Hugging Face's) names; several names share one fused tensor in equal slices of
 # dim 0
 VIT_NAMES: list[tuple[str, tuple[str, ...]]] = [
@@ -112,7 +114,7 @@ class UpstreamWeightsMixin:
     in a StellarModel."""
 
     _name_prefix = "encoder."
-    _foreign_prefixes: tuple[str, ...] = ()  # names of other parts of STELLAR, which this module leaves in a file
+    _absent_prefixes: tuple[str, ...] = ()  # upstream's names of parts that this module does not have
 
     def _named_tensors(self: Any) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
         for name, tensor in self.state_dict(keep_vars=True).items():
@@ -124,8 +126,8 @@ class UpstreamWeightsMixin:
 
         Args:
             state_dict: name -> tensor; a training checkpoint (`state_dict` inside, every name prefixed `model.`) is
-                understood. An encoder takes its part of a whole model's file. `tokenizer.*` fills the VQGAN; published
-                files lack it, so it may be absent as a whole.
+                understood. Parts that this module was built without stay in the file: an encoder takes its own of a
+                whole model's. `tokenizer.*` fills the VQGAN; published files lack it, so it may be absent as a whole.
             strict: raise on missing and unexpected names.
 
         Returns:
@@ -149,18 +151,23 @@ class UpstreamWeightsMixin:
                     wrong.misshapen.append(f"{name} is {tuple(given.shape)} but the model needs {tuple(part.shape)}")
                 else:
                     copies.append((part, given))
-        wrong.unexpected = sorted(name for name in tensors if not name.startswith(self._foreign_prefixes))
+        wrong.unexpected = sorted(name for name in tensors if not name.startswith(self._absent_prefixes))
         if wrong.misshapen or (strict and (wrong.missing or wrong.unexpected)):
             raise WeightsMismatchError(wrong.message())
+        if any(part.is_meta for part, _ in copies):
+            raise ValueError("the model is on the meta device: call model.to_empty(device=...) before loading weights")
         for part, given in copies:
             part.copy_(given)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if hasattr(module, "reset_constants"):
+                module.reset_constants()
         return LoadReport(wrong.missing, wrong.unexpected)
 
     @torch.no_grad()
     def upstream_state_dict(self) -> dict[str, Tensor]:
         """All tensors but the VQGAN's under upstream's names: contiguous copies, loadable strictly upstream."""
         return {
-            name: part.clone()
+            name: part.clone(memory_format=torch.contiguous_format)
             for _, ours, names in self._named_tensors()
             if not names[0].startswith("tokenizer.")
             for part, name in zip(ours.detach().chunk(len(names)), names, strict=True)
@@ -179,10 +186,12 @@ class UpstreamWeightsMixin:
 
 def strip_checkpoint(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The tensors of a plain state dict or of a training checkpoint, whose names carry the prefix `model.`."""
-    nested = state_dict.get("state_dict")
-    if nested is None:
-        return state_dict
-    return {name.removeprefix("model."): tensor for name, tensor in nested.items()}
+    for key in ("state_dict", "model"):  # Lightning's layout, and that of MAE's own files
+        if isinstance(state_dict.get(key), Mapping):
+            state_dict = state_dict[key]
+    if all(name.startswith("model.") for name in state_dict):
+        return {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+    return state_dict
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:

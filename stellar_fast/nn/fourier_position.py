@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stellar_fast.kernels.common.precision import at_least_fp32
+
 
 class FourierPosition(nn.Module):
     """Fixed random Fourier features of the patch centres (arXiv 2006.10739).
@@ -25,9 +27,10 @@ class FourierPosition(nn.Module):
         """Return the code of a (height, width) grid of patches in row order, (height * width, dim) fp32."""
         height, width = grid
         device = self.gaussian_matrix.device
-        y = (torch.arange(height, device=device) + 0.5) / height
-        x = (torch.arange(width, device=device) + 0.5) / width
+        matrix = at_least_fp32(self.gaussian_matrix)
+        y = (torch.arange(height, device=device, dtype=matrix.dtype) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=matrix.dtype) + 0.5) / width
         centre = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
         with torch.autocast(device.type, enabled=False):
-            angle = 2 * math.pi * ((2 * centre - 1) @ self.gaussian_matrix.float())
+            angle = 2 * math.pi * ((2 * centre - 1) @ matrix)
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)

@@ -5,6 +5,9 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.nn.linear import Linear
+
 NORM_EPS = 1e-7
 
 
@@ -18,13 +21,13 @@ class PrototypeHead(nn.Module):
         if num_layers < 1:
             raise ValueError(f"predictor_layers must be at least 1 but is {num_layers}")
         widths = [dim, *[hidden_dim] * (num_layers - 1), prototype_dim]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
-        self.prototypes = nn.Linear(prototype_dim, num_clusters, bias=False)
+        self.layers = nn.ModuleList(Linear(i, o) for i, o in pairwise(widths))
+        self.prototypes = Linear(prototype_dim, num_clusters, bias=False)
         nn.init.normal_(self.prototypes.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to logits (..., C), fp32; the product runs in the autocast dtype."""
         for layer in self.layers[:-1]:
             x = F.gelu(layer(x))
-        features = F.normalize(self.layers[-1](x).float(), dim=-1, eps=NORM_EPS)
-        return self.prototypes(features).float()
+        features = F.normalize(at_least_fp32(self.layers[-1](x)), dim=-1, eps=NORM_EPS)
+        return at_least_fp32(self.prototypes(features.to(self.prototypes.weight.dtype)))

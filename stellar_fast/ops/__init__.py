@@ -2,6 +2,7 @@
 
 from stellar_fast.ops.crop_resize import crop_resize
 from stellar_fast.ops.koleo import koleo
+from stellar_fast.ops.linear import linear
 from stellar_fast.ops.lowrank_product import lowrank_product
 from stellar_fast.ops.nearest_code import nearest_code
 from stellar_fast.ops.prototype_cross_entropy import prototype_cross_entropy
@@ -11,6 +12,7 @@ from stellar_fast.ops.token_match import token_match
 __all__ = [
     "crop_resize",
     "koleo",
+    "linear",
     "lowrank_product",
     "nearest_code",
     "prototype_cross_entropy",

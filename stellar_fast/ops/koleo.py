@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from stellar_fast import backend
 from stellar_fast.kernels.koleo import reference
 from stellar_fast.ops.checks import check_floating, check_shapes
 
@@ -18,14 +19,17 @@ def koleo(x: Tensor, *, min_distance: float = 0.0) -> Tensor:
         0-dim fp32 loss.
 
     Raises:
-        ValueError: not three dimensions, fewer than two tokens, an integer tensor, a negative floor.
+        ValueError: not three dimensions, no images, fewer than two tokens, an integer tensor, a negative floor.
 
     Source: "Spreading vectors for similarity search" (arXiv 1806.03198); within the image: STELLAR (arXiv 2602.01905).
     """
+    backend.pick("koleo")
     sizes = check_shapes(x=(x, "NKD"))
     check_floating(x=x)
     if sizes["K"] < 2:
         raise ValueError(f"koleo needs at least 2 tokens an image but x has {sizes['K']}")
+    if not sizes["N"]:
+        raise ValueError("x has 0 images: the mean over none is not defined")
     if min_distance < 0:
         raise ValueError(f"min_distance must be at least 0 but is {min_distance}")
     return reference.koleo(x, min_distance)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from stellar_fast import backend
 from stellar_fast.kernels.lowrank_product import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes
 
@@ -34,9 +35,10 @@ def lowrank_product(
 
     Source: STELLAR (arXiv 2602.01905), localization and low-rank embedding.
     """
+    backend.pick("lowrank_product")
     shapes = {"query": (query, "BPD"), "key": (key, "BKD"), "value": (value, "BKE")}
     check_shapes(**shapes if bias is None else shapes | {"bias": (bias, "PE")})
-    check_floating(query=query, key=key, value=value)
+    check_floating(query=query, key=key, value=value, **({} if bias is None else {"bias": bias}))
     if temperature is not None:
         check_positive(temperature=temperature)
     out, localization, peak = reference.lowrank_product(query, key, value, temperature, bias)

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from stellar_fast import backend
 from stellar_fast.kernels.nearest_code import reference
 from stellar_fast.ops.checks import check_floating, check_shapes
 
@@ -21,6 +22,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
     Source: VQ-VAE (arXiv 1711.00937).
     """
+    backend.pick("nearest_code")
     check_shapes(z=(z, "NE"), codebook=(codebook, "SE"))
     check_floating(z=z, codebook=codebook)
     return reference.nearest_code(z.detach(), codebook.detach())

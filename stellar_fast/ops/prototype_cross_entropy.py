@@ -1,7 +1,9 @@
 """prototype_cross_entropy: soft-target cross-entropy over the prototypes."""
 
+import torch
 from torch import Tensor
 
+from stellar_fast import backend
 from stellar_fast.kernels.prototype_cross_entropy import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes
 
@@ -26,10 +28,13 @@ def prototype_cross_entropy(
 
     Source: STELLAR (arXiv 2602.01905), online clustering.
     """
+    backend.pick("prototype_cross_entropy")
     if index is None:
         check_shapes(logits=(logits, "RC"), targets=(targets, "RC"))
     else:
         check_shapes(logits=(logits, "RC"), targets=(targets, "TC"), index=(index, "R"))
+        if index.dtype != torch.int64:
+            raise ValueError(f"index must be torch.int64 but is {index.dtype}")
     check_floating(logits=logits, targets=targets)
     check_positive(temperature=temperature)
     return reference.prototype_cross_entropy(logits, targets, index, temperature)

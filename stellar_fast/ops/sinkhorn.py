@@ -3,6 +3,7 @@
 import torch.distributed as dist
 from torch import Tensor
 
+from stellar_fast import backend
 from stellar_fast.kernels.sinkhorn import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes
 
@@ -28,11 +29,14 @@ def sinkhorn_knopp(
         (R, C) fp32; after the last round every row sums to one but for the 1e-8 in its divisor.
 
     Raises:
-        ValueError: not a matrix, an integer matrix, a temperature or iterations that are not positive.
+        ValueError: not a matrix, an integer matrix, a number that is not positive, no rows.
 
     Source: SwAV (arXiv 2006.09882) with STELLAR's shift and scale (arXiv 2602.01905).
     """
+    backend.pick("sinkhorn_knopp")
     check_shapes(logits=(logits, "RC"))
     check_floating(logits=logits)
-    check_positive(temperature=temperature, iterations=iterations)
+    if not logits.shape[0]:
+        raise ValueError("logits has 0 rows: nothing to assign")
+    check_positive(temperature=temperature, iterations=iterations, scale=scale)
     return reference.sinkhorn_knopp(logits, temperature, iterations, scale, group)

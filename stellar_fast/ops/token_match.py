@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from stellar_fast import backend
 from stellar_fast.kernels.token_match import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes
 
@@ -28,6 +29,7 @@ def token_match(
 
     Source: Sinkhorn distances (arXiv 1306.0895) as used by STELLAR (arXiv 2602.01905).
     """
+    backend.pick("token_match")
     shapes = {"pred": (pred, "BVKD"), "target": (target, "BKD")}
     check_shapes(**shapes if filter is None else shapes | {"filter": (filter, "BK")})
     check_floating(pred=pred, target=target)

@@ -127,7 +127,7 @@ class _Trainer:
 
         self.forward: Any = torch.compile(model) if config.compile else model
         if ranks.world > 1:
-            self.forward = nn.parallel.DistributedDataParallel(self.forward, find_unused_parameters=not model.do_recon)
+            self.forward = nn.parallel.DistributedDataParallel(self.forward, broadcast_buffers=False)
 
     def run(self, resume: bool, loggers: Sequence[Logger], stop: Stop) -> TrainResult:
         config, checkpoints = self.config, self.checkpoints

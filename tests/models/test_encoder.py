@@ -88,6 +88,10 @@ def test_wrong_images_are_named(encoder, images, message):
         encoder(images)
 
 
+def test_rounding_beyond_the_range_is_no_error(encoder):
+    encoder(torch.full((1, 3, 32, 32), 1 + 3e-7))
+
+
 def test_presets():
     with torch.device("meta"):
         assert StellarEncoder("stellar-b8").num_sparse_tokens == 8
@@ -106,6 +110,7 @@ def test_presets():
         (lambda: EncoderConfig(image_size=8, patch_size=16), "image_size 8 is smaller than patch_size 16"),
         (lambda: EncoderConfig(num_hidden_layers=0), "num_hidden_layers must be at least 1 but is 0"),
         (lambda: StellarEncoder(SMALL_ENCODER, num_sparse_tokens=-1), "num_sparse_tokens must be at least 1 but is -1"),
+        (lambda: StellarEncoder("tiny", num_sparse_tokens=0), "num_sparse_tokens must be at least 1 but is 0"),
         (lambda: StellarEncoder(SMALL_ENCODER, spatial_temp=0.0), "spatial_temp must be positive or None but is 0.0"),
     ],
 )

@@ -66,6 +66,13 @@ def test_training_step(name, device, exact_fp32):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_training_step_in_fp64(name):
+    case = read_golden(name)
+    double = GoldenCase(case.meta, {k: t.double() if t.is_floating_point() else t for k, t in case.tensors.items()})
+    assert_trains_as_golden(double.model().double(), double)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_training_step_with_gradient_checkpointing(name):
     case = read_golden(name)
     model = case.model()

@@ -96,6 +96,7 @@ def test_views_beyond_those_asked_for_are_ignored(small_model, small_batch):
         ({"global_views": torch.rand(2, 1, 3, 32, 32)}, "global_views has 1 views but the model needs 2"),
         ({"local_views": torch.rand(2, 1, 3, 16, 16)}, "local_views has 1 views but num_local_crops is 2"),
         ({"local_views": torch.rand(1, 2, 3, 16, 16)}, r"local_views must be \(2, L, 3, h, w\)"),
+        ({"global_views": torch.rand(0, 2, 3, 32, 32), "local_views": torch.rand(0, 2, 3, 16, 16)}, "has 0 images"),
         ({"global_views": torch.rand(2, 3, 32, 32)}, r"global_views must be \(B, V, 3, H, W\)"),
         ({"global_views": 2 + torch.rand(2, 2, 3, 32, 32)}, r"must lie in \[0, 1\]"),
     ],
@@ -147,6 +148,10 @@ def test_undefined_combinations_are_refused_by_name(arguments):
         ({"sk_temp": 0.0}, "sk_temp must be positive but is 0.0"),
         ({"teacher_momentum": 1.5}, r"teacher_momentum must be in \[0, 1\] but is 1.5"),
         ({"num_clusters": 0}, "num_clusters must be at least 1 but is 0"),
+        ({"focal_probability": 7.0}, r"focal_probability must be in \[0, 1\] but is 7.0"),
+        ({"koleo_min_distance": -1.0}, "koleo_min_distance must be at least 0 but is -1.0"),
+        ({"num_sparse_tokens": 1}, "do_koleo spreads tokens apart and needs 2 of them"),
+        ({"do_recon": False, "vq_model": "somewhere"}, "vq_model 'somewhere' has no use with do_recon=False"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
@@ -240,8 +245,56 @@ def test_config_rebuilds_the_model(small_batch):
     predictions = [m(small_batch, keep_indices=keep)["predictions"] for m in (model, again)]
     names = ("mask_loss", "clustering_loss", "MSE")
     assert mismatches({n: predictions[0][n] for n in names}, {n: predictions[1][n] for n in names}) == []
-    with pytest.raises(ValueError, match="unexpected keyword argument 'num_cluster'"):
+    with pytest.raises(ValueError, match="the model config does not fit: unknown num_cluster; it has encoder, decoder"):
         StellarModel.from_config({**model.config, "num_cluster": 3})
+
+
+def test_edited_tokens_take_the_place_of_the_features(small_model):
+    features = small_model.encode(torch.rand(1, 3, 32, 32))
+    edited = features["sparse"].flip(1)
+    image = small_model.reconstruct(features, sparse=edited)["reconstruction"]
+    assert torch.equal(image, small_model.reconstruct(edited, features["spatial"])["reconstruction"])
+    assert not torch.equal(image, small_model.reconstruct(features)["reconstruction"])
+    with pytest.raises(ValueError, match="sparse has width 47 but the model has 48"):
+        small_model.reconstruct(features["sparse"][..., 1:], features["spatial"])
+
+
+@pytest.mark.parametrize("views", ["global_views", "local_views"])
+def test_jitter_does_not_hide_views_out_of_range(small_batch, views):
+    wrong = small_batch[views].clone()
+    wrong[:, 1] *= 255
+    with pytest.raises(ValueError, match=rf"{views} must lie in \[0, 1\] but span"):
+        build(color_augmentation=True)({**small_batch, views: wrong})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype_works_throughout(small_model, small_batch, dtype):
+    keep = torch.arange(8).expand(4, -1)
+    _, exact = losses(small_model, small_batch, keep_indices=keep)
+    total, parts = losses(small_model.to(dtype), small_batch, keep_indices=keep)
+    total.backward()
+    tolerance = 1e-5 if dtype == torch.float64 else 0.1
+    for name, value in parts.items():
+        torch.testing.assert_close(value.float(), exact[name], rtol=tolerance, atol=tolerance)
+    features = small_model.encode(torch.rand(1, 3, 40, 24))
+    assert small_model.reconstruct(features)["reconstruction"].isfinite().all()
+
+
+def test_compiled_with_a_generator(small_batch):
+    torch._dynamo.reset()
+    model = build(color_augmentation=True)
+    step = torch.compile(model, backend="aot_eager")
+    totals = [
+        model.loss(f(small_batch, generator=torch.Generator().manual_seed(0))["predictions"]).total
+        for f in (model, step)
+    ]
+    torch.testing.assert_close(*totals)
+
+
+def test_no_part_of_a_model_without_reconstruction_is_left_without_gradient(small_batch):
+    model = build(do_recon=False)
+    losses(model, small_batch)[0].backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_bf16_autocast_step_is_close_and_losses_stay_fp32(small_model, small_batch):

@@ -65,6 +65,28 @@ def test_an_encoder_takes_its_part_of_a_model(small_model):
         encoder.load_upstream_state_dict({**small_model.upstream_state_dict(), "encoder.extra": torch.zeros(1)})
 
 
+def test_from_the_meta_device(small_model):
+    with torch.device("meta"):
+        model = StellarModel.from_config(small_model.config)
+    with pytest.raises(ValueError, match=r"on the meta device: call model\.to_empty"):
+        model.load_upstream_state_dict(small_model.upstream_state_dict())
+    model.to_empty(device="cpu")
+    model.load_upstream_state_dict(small_model.upstream_state_dict())
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(model.encode(images)["sparse"], small_model.encode(images)["sparse"])
+
+
+def test_channels_last_models_save(small_model, tmp_path):
+    small_model.to(memory_format=torch.channels_last).save_pretrained(tmp_path)
+    assert_same_weights(StellarModel.from_pretrained(tmp_path), small_model)
+
+
+def test_another_model_than_the_saved_one_is_refused(small_model, tmp_path):
+    small_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model 'stellar-b16' was asked for, but the saved one has other sizes"):
+        StellarEncoder.from_pretrained(tmp_path, model="stellar-b16")
+
+
 def test_gradients_are_those_of_the_trained_parameters(small_model, small_batch):
     total, _ = small_model.loss(small_model(small_batch)["predictions"])
     total.backward()
@@ -241,6 +263,16 @@ def test_start_from_a_timm_vit(tmp_path):
     torch.save(names, tmp_path / "vit.bin")
     with pytest.raises(RuntimeError, match=r"missing tensors: blocks\.1\.attn\.qkv\.weight"):
         StellarModel(SMALL_ENCODER, SMALL_DECODER, vit_pretrained=tmp_path / "vit.bin", **SMALL_KWARGS)
+
+
+def test_a_start_from_another_trunk_is_refused(tmp_path):
+    trunk = vit_tensors(StellarEncoder(SMALL_ENCODER, 4))
+    trunk["encoder.layer.2.output.dense.bias"] = torch.zeros(48)
+    save_file(trunk, tmp_path / "vit.safetensors")
+    with pytest.raises(RuntimeError, match=r"unexpected tensors: encoder\.layer\.2\.output\.dense\.bias"):
+        StellarModel(SMALL_ENCODER, SMALL_DECODER, vit_pretrained=tmp_path / "vit.safetensors", **SMALL_KWARGS)
+    with pytest.raises(FileNotFoundError, match=r"weights/none\.safetensors is neither a file"):
+        StellarModel(SMALL_ENCODER, SMALL_DECODER, vit_pretrained="weights/none.safetensors", **SMALL_KWARGS)
 
 
 def test_start_resizes_the_position_embedding(tmp_path):
