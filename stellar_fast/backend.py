@@ -47,6 +47,7 @@ class Row(NamedTuple):
     backend: str
     available: bool
     reason: str
+    written: bool
 
 
 @functools.cache
@@ -102,7 +103,8 @@ def describe() -> list[Row]:
             refused = ""
         for backend in BACKENDS:
             reason = why_not(backend) if backend in written else "not written for this operator"
-            rows.append(Row(op, backend, not reason, reason or ("in use" if backend == taken else f"works{refused}")))
+            text = reason or ("in use" if backend == taken else f"works{refused}")
+            rows.append(Row(op, backend, not reason, text, backend in written))
     return rows
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from stellar_fast.commands.console import console
+
+if TYPE_CHECKING:
+    from stellar_fast.backend import Row
 
 
 def info() -> None:
@@ -48,10 +53,24 @@ def info() -> None:
         build.add_row("not available", escape(native.reason()))
     console.print(build)
 
-    backends = Table("operator", "backend", "", "reason", title="Backends", title_justify="left")
-    for op, name, available, reason in backend.describe():
-        backends.add_row(op, name, "[green]yes[/]" if available else "[red]no[/]", escape(reason))
-    console.print(backends)
+    machine = Table("backend", "", "why not", title="Backends on this machine", title_justify="left")
+    for name in backend.BACKENDS:
+        reason = backend.why_not(name)
+        machine.add_row(name, "[red]no[/]" if reason else "[green]yes[/]", escape(reason))
+    console.print(machine)
+    console.print(_operators(backend.describe(), backend.BACKENDS))
+
+
+def _operators(rows: Sequence[Row], backends: Sequence[str]) -> Table:
+    """Operators by backends: the one in use, others that work, those that would elsewhere; a dot is not written."""
+    table = Table("operator", *backends, title="Operators", title_justify="left")
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cell = "[bold green]in use[/]" if row.reason == "in use" else "[green]yes[/]" if row.available else "[red]no[/]"
+        cells.setdefault(row.op, {})[row.backend] = cell if row.written else "[dim]·[/]"
+    for op, by_backend in cells.items():
+        table.add_row(op, *(by_backend[name] for name in backends))
+    return table
 
 
 def _facts(title: str) -> Table:
