@@ -33,6 +33,8 @@ def main() -> None:
     usage_error: Any = typer.BadParameter.__mro__[1]  # click's, or that of the copy of click inside typer
     try:
         sys.exit(app(standalone_mode=False))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except usage_error as error:
         message = error.format_message()
         fail(message) if message else sys.exit(2)  # without a command the help was shown

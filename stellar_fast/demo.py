@@ -28,6 +28,7 @@ from stellar_fast.visualize import Pixels, grid_figure, psnr, save_image, save_p
 CROPS_PER_PHOTO = 32
 CROP_SIDE = 160  # pixels of a crop's short side: twice what the views need, and quick to decode
 WIN_SHARE = 0.02
+MARKER = ".stellar_fast_demo"
 FINE_SIDE = 256  # pixels; pictures are drawn at this size too
 
 
@@ -60,8 +61,8 @@ def demo(out: Path, seconds: int = 150, seed: int = 0) -> Result:
     if seconds < 1:
         raise ValueError(f"seconds must be at least 1 but is {seconds}")
     console = Console()
-    _make_room(out)
     train_photos, held_out = bundled_photos()
+    _make_room(out)
     write_crops(train_photos, out / "photos", seed)
     console.print(
         f"{len(train_photos)} photos to learn from ({', '.join(train_photos)}), "
@@ -249,13 +250,11 @@ def closing_table(before: Result, after: Result, result: TrainResult, photos: di
 
 
 def _make_room(out: Path) -> None:
-    """Remove an earlier demo's files; anything else in the folder stays, and is a reason to stop."""
-    ours = {"photos", "run", "tokens", "weights", "loss_curve.png", "reconstructions.png"}
+    """Remove an earlier demo's folder, which its marker file tells; any other folder that is not empty is refused."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file, not a folder")
-    found = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if found - ours:
-        raise ValueError(f"{out} holds {', '.join(sorted(found - ours))}, which no demo wrote: name another --out")
-    for name in found:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise ValueError(f"{out} holds files that no demo wrote: name another --out")
+        shutil.rmtree(out)
+    write_atomically(out / MARKER, b"This folder is replaced by the next demo.\n")

@@ -3,6 +3,24 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import IO
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Hold a folder for this process until the returned file is closed.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    import fcntl
+
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder} is in use by another process") from None
+    return file
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -60,6 +60,16 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_an_error_in_a_worker_ends_the_command(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image")
+    arguments = [*SMALL[:-1], "2", "--batch-size", "2", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "stellar_fast.cli", "train", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    assert "images in" in ended.stderr and "are unreadable" in ended.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_a_working_example(command: str) -> None:
     result = invoke(command, "--help")
@@ -132,7 +142,7 @@ def test_visualize_draws_a_panel_an_image(run: Path, photos: Path, tmp_path: Pat
         ("encode --images {photos} --weights {run} --out {out} --device tpu", "got 'tpu'"),
         ("encode --images {photos} --weights {run} --out {out} --device cuda:99", "device cuda:99 is not there"),
         ("reconstruct --images {photos}/b/broken.png --weights {run} --out {out}", "none of the 1 images"),
-        ("visualize --images {photos} --weights {run} --out {photos}", "would be overwritten"),
+        ("visualize --images {photos} --weights {run} --out {photos}", "would mix with them"),
         ("train --data {photos} --out {out} --preset b17", "unknown preset 'b17'"),
         ("train --data /no/where --out {out}", "/no/where is not a folder"),
         ("train --data {photos}", "out is empty"),

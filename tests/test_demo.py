@@ -30,10 +30,11 @@ def test_demo_learns_and_leaves_pictures_and_weights(tmp_path, capsys):
 
 
 def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds thesis\.tex, which no demo wrote"):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.jpg").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that no demo wrote"):
         demo(tmp_path, seconds=1)
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "photos" / "mine.jpg").read_text() == "mine"
     with pytest.raises(ValueError, match="seconds must be at least 1 but is 0"):
         demo(tmp_path / "new", seconds=0)
 

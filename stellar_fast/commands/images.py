@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from stellar_fast.commands.console import console
 from stellar_fast.commands.inputs import batches, find, load, load_full, pictures
+from stellar_fast.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -50,10 +50,11 @@ def encode(
     Example: [cyan]stellar-fast encode --images photos --weights runs/first --out features.safetensors[/]
     """
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        raise ValueError(f"out {out} is a folder: name a file in it")
     paths = find(images, limit)
     encoder = load(weights, model, device)
     names: list[str] = []
@@ -63,10 +64,8 @@ def encode(
         names += batch_names
         for name, tensors in parts.items():
             tensors.append(features[name].float().cpu())
-    temporary = target.with_name(f".{target.name}.tmp")
     metadata = {"names": json.dumps(names), "weights": weights}
-    save_file({name: torch.cat(tensors) for name, tensors in parts.items()}, temporary, metadata)
-    os.replace(temporary, target)
+    write_atomically(target, save({name: torch.cat(tensors) for name, tensors in parts.items()}, metadata))
     console.print(f"{len(names)} images in {target}", soft_wrap=True, highlight=False)
 
 

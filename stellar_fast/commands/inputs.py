@@ -27,6 +27,8 @@ def _weights(path: str) -> str:
     checkpoint, refused = newest_checkpoint(Path(path) / "checkpoints")
     if refused and not checkpoint:
         raise ValueError(refused[0])
+    for reason in refused:
+        warnings.warn(f"checkpoint refused: {reason}", stacklevel=2)
     return str(checkpoint.path) if checkpoint else path
 
 
@@ -69,8 +71,9 @@ def relative_name(path: Path, images: str) -> str:
 def pictures(paths: list[Path], images: str, out: str) -> dict[str, Path]:
     """Where the PNG of each image goes; a.jpg and a.png get two."""
     root = Path(images).parent if Path(images).is_file() else Path(images)
-    if Path(out).resolve() == root.resolve():
-        raise ValueError(f"out {out} is the folder of the images, which would be overwritten")
+    target, source = Path(out).resolve(), root.resolve()
+    if target == source or (target.is_relative_to(source) and not Path(images).is_file()):
+        raise ValueError(f"out {out} lies in the folder of the images, {root}: its pictures would mix with them")
     names = [relative_name(path, images) for path in paths]
     stems = Counter(Path(name).with_suffix("") for name in names)
     return {

@@ -83,7 +83,10 @@ def _table(name: str, pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--{name} takes KEY=VALUE, got {pair!r}")
-        table[key.strip()] = yaml.safe_load(value)
+        try:
+            table[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--{name} {key.strip()} is not a YAML value: {value!r}") from None
     return table
 
 

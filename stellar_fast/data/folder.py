@@ -132,8 +132,13 @@ def _grey_to_8_bits(levels: np.ndarray, mode: str) -> np.ndarray:
 
 
 def _find_images(root: Path) -> list[Path]:
-    found = []
+    found, seen = [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:  # a link back to a folder that was searched already
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:

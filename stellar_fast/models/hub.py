@@ -76,6 +76,7 @@ class HubMixin(
         if (
             path.suffix in WEIGHT_SUFFIXES
             or len(path.parts) != 2
+            or Path(path.parts[0]).is_dir()  # a mistyped path beside an existing folder, not a hub id
             or str(pretrained_model_name_or_path).startswith((".", "/", "~"))
         ):
             raise FileNotFoundError(f"{pretrained_model_name_or_path} is neither a file, nor a directory, nor a hub id")

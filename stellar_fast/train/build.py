@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 
+from stellar_fast import backend
 from stellar_fast.data import ImageFolder, MultiViewDataset, MultiViewTransform
 from stellar_fast.models import StellarModel
 from stellar_fast.models.config import DecoderConfig, EncoderConfig, resolve_preset
@@ -38,6 +39,7 @@ def build_dataset(config: TrainConfig, model: StellarModel) -> Dataset:
     """Views of the images under `config.data`, as many and as large as the model asks for."""
     if not config.data:
         raise ValueError("data is empty: name a folder of images (--data DIR)")
+    backend.pick("crop_resize")  # a request that cannot be met is told here, not by a worker
     masked = model.num_masks if model.do_masking else 1
     transform = MultiViewTransform(
         image_size=model.encoder.config.image_size,
@@ -45,7 +47,7 @@ def build_dataset(config: TrainConfig, model: StellarModel) -> Dataset:
         num_global_views=max(masked, 2 if model.momentum_teacher else 1),
         num_local_views=model.num_local_crops if model.do_cls and model.do_cropping else 0,
     )
-    return MultiViewDataset(ImageFolder(config.data), transform, config.seed)
+    return MultiViewDataset(ImageFolder(config.data, max_failed_share=config.max_unreadable), transform, config.seed)
 
 
 def _replace(sizes: Sizes, changes: dict[str, Any], what: str) -> Sizes:

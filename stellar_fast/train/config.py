@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -42,6 +43,8 @@ class TrainConfig:
     raise_allocator: bool = _option(
         True, "Let the CPU allocator keep large blocks (also switched by STELLAR_FAST_RAISE_MALLOC).", exact=False
     )
+
+    max_unreadable: float = _option(0.1, "Share of the images that may be unreadable.", exact=False)
 
     preset: str = _option("tiny", "Size of the model: tiny, s16, b16, l16, h16, b8, b24.", section="Model")
     encoder: dict[str, Any] = field(
@@ -90,6 +93,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
         for name in ("epochs", "lr", "clip"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above zero")
+        _require(0 <= self.max_unreadable <= 1, "max_unreadable", self.max_unreadable, "in [0, 1]")
+        _require(abs(self.seed) < 2**63, "seed", self.seed, "a 64-bit number")
         for name in ("warmup", "beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(self.workers >= -1, "workers", self.workers, "-1 or more")
@@ -114,6 +119,9 @@ class TrainConfig:
     def save(self, path: str | Path) -> None:
         """Write the resolved configuration; `data` and `out` become absolute so that the file works from any folder."""
         values = dataclasses.asdict(self) | {"data": os.path.abspath(self.data), "out": os.path.abspath(self.out)}
+        for table, name in ((values, "weights"), (values["model"], "vq_model"), (values["model"], "vit_pretrained")):
+            if table.get(name) and os.path.exists(table[name]):  # else a hub id
+                table[name] = os.path.abspath(table[name])
         write_atomically(path, yaml.safe_dump(values, sort_keys=False).encode())
 
     def exact_values(self) -> dict[str, Any]:
@@ -168,6 +176,8 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
     elif not isinstance(value, bool):
         try:
             number = float(value)
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be finite, got {value!r}")
             if kind == "float":
                 return number
             if number.is_integer():

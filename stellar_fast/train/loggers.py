@@ -32,24 +32,38 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """Appends every `every`-th record, and every skipped step, to a file: a JSON object a line, null for not finite.
+    """Appends the first, every `every`-th and the last record, and every skipped step, to a file: a JSON object a
+    line, null for not finite.
 
     `resume_step` drops lines of later steps, which an interrupted run may have written after its last checkpoint.
     """
 
     def __init__(self, path: Path, every: int, resume_step: int = 0) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
+        try:
+            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of metrics: {error!r}") from error
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
         self._every = every
+        self._first = True
+        self._unwritten: Record | None = None
 
     def log(self, record: Record) -> None:
-        if record["step"] % self._every == 0 or "skipped" in record:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self._file.write(json.dumps(finite) + "\n")
-            self._file.flush()
+        self._unwritten = record
+        if self._first or record["step"] % self._every == 0 or "skipped" in record:
+            self._write(record)
+        self._first = False
+
+    def _write(self, record: Record) -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        self._unwritten = None
 
     def close(self) -> None:
+        if self._unwritten:
+            self._write(self._unwritten)
         self._file.close()
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stellar_fast import native
 from stellar_fast.data import EpochSampler, TooManyUnreadable
+from stellar_fast.files import lock_folder
 from stellar_fast.models import StellarModel
 from stellar_fast.train.build import build_dataset, build_model
 from stellar_fast.train.checkpoint import Checkpoint, checkpoint_path, newest_checkpoint, save_checkpoint
@@ -87,9 +88,14 @@ def train(
             device = torch.device("cuda", ranks.local)
             torch.cuda.set_device(device)
         torch.manual_seed(config.seed)
-        model = build_model(config) if model is None else model
+        if model is None:  # weights of a resumed run come from its checkpoint: those it started from may be gone
+            resumed = resume and newest_checkpoint(Path(config.out) / "checkpoints")[0] is not None
+            model = build_model(replace(config, weights="") if resumed else config)
         dataset = build_dataset(config, model) if dataset is None else dataset
         return _Trainer(config, model, dataset, device, ranks).run(resume, loggers, stop)
+
+
+_RUN_FILES = ("config.yaml", "metrics.jsonl")
 
 
 class _Trainer:
@@ -136,15 +142,18 @@ class _Trainer:
             warnings.warn(f"checkpoint refused: {reason}", stacklevel=3)
         if resume and checkpoint:
             self._load(checkpoint)
+        elif resume and not refused:
+            warnings.warn(f"no checkpoint in {checkpoints}: the run starts from the beginning", stacklevel=3)
         elif resume and refused:
             raise ValueError(f"no good checkpoint in {checkpoints}: {refused[0]}")
-        elif not resume and (checkpoint or refused):
+        elif not resume and (checkpoint or refused or any((self.out / name).exists() for name in _RUN_FILES)):
             raise ValueError(f"{self.out} already holds a run: continue it with --resume or name another --out")
         self.ranks.barrier()  # nobody writes before all have looked
 
         self.loggers: list[Logger] = []
         if self.ranks.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(self.out)
             config.save(self.out / "config.yaml")
             self.loggers = [JsonLines(self.out / "metrics.jsonl", config.log_every, self.step), *loggers]
             if config.tensorboard:
@@ -168,8 +177,13 @@ class _Trainer:
             if pending:
                 self._report(pending)
                 self._save()
+        except NonFiniteLossError as error:
+            self._save()  # the skipped steps left the weights as they were
+            raise NonFiniteLossError(f"{error}; checkpoint {self.path}") from None
         finally:
             batches.close()  # ends the worker processes
+            if self.ranks.is_main:
+                lock.close()
             for logger in self.loggers:
                 logger.close()
         seconds = time.perf_counter() - self.started
@@ -207,6 +221,10 @@ class _Trainer:
                     yield {name: tensor.to(self.device, non_blocking=True) for name, tensor in views.items()}
         except TooManyUnreadable as error:  # from a worker it comes wrapped in the worker's traceback
             raise TooManyUnreadable(str(error).strip().rpartition("TooManyUnreadable: ")[2]) from None
+        finally:  # the workers ignore SIGTERM, by which the interpreter's exit would end them: without this it hangs
+            iterator: Any = getattr(loader, "_iterator", None)
+            if iterator is not None:
+                iterator._shutdown_workers()
 
     def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> _Reading:
         """One optimizer step. The host waits for nothing here; what the step gave is read from the result later."""

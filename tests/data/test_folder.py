@@ -94,6 +94,14 @@ def test_every_kind_of_pixel_becomes_rgb(tmp_path: Path) -> None:
     assert stored(frames[0], "animated.gif", save_all=True, append_images=frames[1:]) == (255, 0, 0)
 
 
+def test_links_back_up_are_searched_once(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "0.png")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    assert len(ImageFolder(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".gif", ".bmp"])
 def test_broken_files_raise_with_their_path(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"photo{suffix}"

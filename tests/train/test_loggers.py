@@ -24,14 +24,23 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_json_lines_writes_every_nth_and_every_skipped_step(tmp_path: Path) -> None:
+def test_json_lines_writes_the_first_every_nth_the_last_and_every_skipped_step(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "m.jsonl", every=2)
     log.log(record(1))
     log.log(record(2))
     log.log(record(3, loss=float("nan"), skipped=["koleo_loss"]))
+    log.log(record(5))
+    log.log(record(7))
     log.close()
-    assert [line["step"] for line in lines(tmp_path / "m.jsonl")] == [2, 3]
-    assert lines(tmp_path / "m.jsonl")[1]["loss"] is None  # NaN is not JSON
+    assert [line["step"] for line in lines(tmp_path / "m.jsonl")] == [1, 2, 3, 7]
+    assert lines(tmp_path / "m.jsonl")[2]["loss"] is None  # NaN is not JSON
+
+
+def test_json_lines_names_a_foreign_file(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"note": "mine"}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl is not a file of metrics"):
+        JsonLines(tmp_path / "m.jsonl", every=1)
+    assert "mine" in (tmp_path / "m.jsonl").read_text()
 
 
 def test_json_lines_drops_what_a_resumed_run_repeats(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stellar_fast import StellarModel
+from stellar_fast.files import lock_folder
 from stellar_fast.train import NonFiniteLossError, TrainConfig, train
 from stellar_fast.train.build import build_dataset, build_model
 from stellar_fast.train.distributed import Ranks
@@ -118,8 +119,35 @@ def test_a_finished_run_resumes_to_nothing(config: TrainConfig) -> None:
     assert (again.step, again.checkpoint, again.history) == (first.step, first.checkpoint, [])
 
 
-def test_resume_without_a_checkpoint_starts(config: TrainConfig) -> None:
-    assert train(change(config, steps=1), resume=True).step == 1
+def test_resume_without_a_checkpoint_starts_and_says_so(config: TrainConfig) -> None:
+    with pytest.warns(UserWarning, match="the run starts from the beginning"):
+        assert train(change(config, steps=1), resume=True).step == 1
+
+
+def test_a_folder_with_files_of_a_run_is_not_overwritten(config: TrainConfig) -> None:
+    mine = Path(config.out) / "config.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# my notes")
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(config)
+    assert mine.read_text() == "# my notes"
+
+
+def test_two_runs_in_one_folder_are_refused(config: TrainConfig) -> None:
+    Path(config.out).mkdir(parents=True)
+    held = lock_folder(Path(config.out))
+    with pytest.raises(ValueError, match="is in use by another process"):
+        train(config)
+    held.close()
+
+
+def test_a_resumed_run_does_not_need_the_weights_it_started_from(config: TrainConfig, tmp_path: Path) -> None:
+    start = train(change(config, steps=1, out=str(tmp_path / "start"))).checkpoint
+    shutil.copytree(start, tmp_path / "weights")
+    config = change(config, steps=1, weights=str(tmp_path / "weights"))
+    train(config)
+    shutil.rmtree(tmp_path / "weights")
+    assert train(config, resume=True).step == 1
 
 
 @pytest.mark.parametrize(
