@@ -73,7 +73,6 @@ def why_not(backend: str) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
 def pick(op: str) -> str:
     """Return the backend that `op` takes now. A compiled function keeps the one of its first call.
 
@@ -89,6 +88,10 @@ def pick(op: str) -> str:
         reason = why_not(wanted) or f"{op} has no such backend"
         raise ValueError(f"backend {wanted!r} was asked for, but {reason}; {op} can use: {', '.join(working)}")
     return wanted
+
+
+# What torch.compiler.assume_constant_result sets; calling that here would import the compiler, and with it Triton.
+pick._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def describe() -> list[Row]:

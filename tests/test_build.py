@@ -76,8 +76,8 @@ from stellar_fast.ops.crop_resize import crop_resize
 assert not native.available() and native.build_info() == {} and not native.raise_allocator_thresholds()[0]
 assert native.reason() == "the native module was not built"
 rows = {row.backend: row for row in backend.describe() if row.op == "crop_resize"}
-assert rows["reference"] == ("crop_resize", "reference", True, "in use")
-assert rows["cpu"] == ("crop_resize", "cpu", False, native.reason())
+assert rows["reference"][:4] == ("crop_resize", "reference", True, "in use")
+assert rows["cpu"][:4] == ("crop_resize", "cpu", False, native.reason())
 image = np.full((9, 9, 3), 7, np.uint8)
 assert (crop_resize(image, [(0, 0, 9, 9)], [False], 4) == 7).all()
 try:

@@ -10,7 +10,7 @@ import typer
 
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the pictures and weights.")] = "demo_out",
-    seconds: Annotated[int, typer.Option(help="Time to train.")] = 150,
+    seconds: Annotated[int, typer.Option(help="Longest time to train.")] = 150,
     seed: Annotated[int, typer.Option(help="Seed of weights, views and masks.")] = 0,
 ) -> None:
     """Train a tiny model on a few bundled photos and show what it learned (extra: photos).
