@@ -134,8 +134,9 @@ class UpstreamWeightsMixin:
             The missing and the unexpected names, for a load that is not strict.
 
         Raises:
-            RuntimeError: a missing, an unexpected or a misshapen tensor; all of them are named. Nothing was loaded
-                then.
+            WeightsMismatchError: a RuntimeError; a missing, an unexpected or a misshapen tensor, all of them named.
+                Nothing was loaded then.
+            ValueError: the module is on the meta device.
         """
         tensors = dict(strip_checkpoint(state_dict))
         wrong, copies = Mismatch(), []

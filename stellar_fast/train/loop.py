@@ -89,7 +89,7 @@ def train(
             torch.cuda.set_device(device)
         torch.manual_seed(config.seed)
         if model is None:  # weights of a resumed run come from its checkpoint: those it started from may be gone
-            resumed = resume and newest_checkpoint(Path(config.out) / "checkpoints")[0] is not None
+            resumed = resume and config.weights and newest_checkpoint(Path(config.out) / "checkpoints")[0]
             model = build_model(replace(config, weights="") if resumed else config)
         dataset = build_dataset(config, model) if dataset is None else dataset
         return _Trainer(config, model, dataset, device, ranks).run(resume, loggers, stop)
@@ -142,11 +142,11 @@ class _Trainer:
             warnings.warn(f"checkpoint refused: {reason}", stacklevel=3)
         if resume and checkpoint:
             self._load(checkpoint)
-        elif resume and not refused:
-            warnings.warn(f"no checkpoint in {checkpoints}: the run starts from the beginning", stacklevel=3)
         elif resume and refused:
             raise ValueError(f"no good checkpoint in {checkpoints}: {refused[0]}")
-        elif not resume and (checkpoint or refused or any((self.out / name).exists() for name in _RUN_FILES)):
+        elif resume:
+            warnings.warn(f"no checkpoint in {checkpoints}: the run starts from the beginning", stacklevel=3)
+        elif checkpoint or refused or any((self.out / name).exists() for name in _RUN_FILES):
             raise ValueError(f"{self.out} already holds a run: continue it with --resume or name another --out")
         self.ranks.barrier()  # nobody writes before all have looked
 
@@ -182,10 +182,10 @@ class _Trainer:
             raise NonFiniteLossError(f"{error}; checkpoint {self.path}") from None
         finally:
             batches.close()  # ends the worker processes
-            if self.ranks.is_main:
-                lock.close()
             for logger in self.loggers:
                 logger.close()
+            if self.ranks.is_main:
+                lock.close()
         seconds = time.perf_counter() - self.started
         images = (self.step - first_step) * self._images_per_step()
         return TrainResult(
