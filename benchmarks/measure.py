@@ -6,7 +6,9 @@ of a shared machine means little.
 
 One row of the CSV file is one measurement of one provider:
 
-    date, suite, provider, preset, shape, batch, dtype       what ran (`dtype` bf16: autocast over fp32 weights)
+    date, suite, op, direction, provider                     what ran: `op` of the suite ops, "forward[+backward]"
+    preset, shape, batch, dtype                              sizes (`dtype` bf16: autocast over fp32 weights; an op's
+                                                             inputs are bf16 themselves)
     device, device_name, threads, allocator                  where (`allocator`: see `set_allocator`)
     rounds, median_ms, p20_ms, p80_ms                        wall time of one call
     ratio, ratio_p20, ratio_p80                              plain's time over this provider's: above 1 is faster
@@ -47,6 +49,8 @@ class Row:
 
     date: str
     suite: str
+    op: str
+    direction: str
     provider: str
     preset: str
     shape: str
@@ -196,6 +200,13 @@ def gemm(dtype: torch.dtype, device: torch.device) -> tuple[Call, float]:
     return call, 2.0 * repeats * rows * inner * outer
 
 
+def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device, timer: Timer, rounds: int = 7) -> float:
+    """The rate of that product on its own."""
+    call, flops = gemm(dtype, device)
+    call()
+    return flops / summarise([timer(call) for _ in range(rounds)]).median / 1e6
+
+
 def copy_gb_per_s(device: torch.device, timer: Timer, rounds: int = 7) -> float:
     """Bandwidth of copying a tensor larger than the caches, bytes read and written, in GB/s."""
     source = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
@@ -279,18 +290,21 @@ def result_path(folder: Path, facts: Mapping[str, str | int]) -> Path:
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
     """Add rows to a result file; the file is replaced whole, so that a reader never sees half a row.
 
+    A file of an earlier version gets the columns that it lacks, empty.
+
     Raises:
-        ValueError: the file exists with other columns.
+        ValueError: the file has columns that are not written any more.
     """
     columns = [f.name for f in fields(Row)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = path.read_text() if path.exists() else ",".join(columns) + "\n"
-    if old.splitlines()[0].split(",") != columns:
-        raise ValueError(f"{path} has columns {old.splitlines()[0]} but this version writes {','.join(columns)}")
+    old = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    if old and not set(old[0]) <= set(columns):
+        raise ValueError(f"{path} has columns {','.join(old[0])} but this version writes {','.join(columns)}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", newline="") as file:
-        file.write(old)
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(old)
         writer.writerows(_printable(asdict(row)) for row in rows)
     os.replace(temporary, path)
 

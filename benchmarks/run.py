@@ -1,10 +1,11 @@
 """Verify, then time: this package against the same mathematics written the plain way.
 
-    python benchmarks/run.py                                    encode and one training step of b16, fp32 and bf16
+    python benchmarks/run.py                                    encode and one training step of b16, then the operators
     python benchmarks/run.py --suite step --dtype fp32 --rounds 15
+    python benchmarks/run.py --suite ops --op lowrank_product,token_attention --op-shape all
     python benchmarks/run.py --device cuda --dtype bf16 --batch 32
 
-Prints a table and appends its rows to benchmarks/results/ (columns: benchmarks/measure.py). A provider whose results
+Prints tables and appends their rows to benchmarks/results/ (columns: benchmarks/measure.py). A provider whose results
 are wrong gets no time, and the exit code is then 1.
 """
 
@@ -12,44 +13,56 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script: the root holds `benchmarks`
 
-from benchmarks import measure, shapes
+from benchmarks import measure, operators, shapes
 from benchmarks.measure import DTYPES, Row
 from benchmarks.model import encode, step
 from benchmarks.model.pair import Case
+from stellar_fast import backend
+from stellar_fast.registry import load
 
-SUITES: dict[str, tuple[Callable[..., Case], int]] = {
+MODEL_SUITES: dict[str, tuple[Callable[..., Case], int]] = {
     "encode": (encode.build_case, shapes.ENCODE_BATCH),
     "step": (step.build_case, shapes.STEP_BATCH),
 }
+SUITES = (*MODEL_SUITES, "ops")
 PROVIDERS = ("plain", "stellar_fast")
+OPS_SHARE = 0.15  # of the budget, where the models run too
 
-COLUMNS = (
-    "suite",
-    "dtype",
-    "provider",
-    "median ms",
-    "p20 - p80",
-    "vs plain",
-    "p20 - p80",
-    "GFLOP/s",
-    "of GEMM",
-    "extra MiB",
-)
+
+@dataclass(frozen=True)
+class Plan:
+    """Cases before they are built and verified together; `weight` is their share of the time."""
+
+    label: str
+    dtype: str
+    build: Callable[[], list[Case]]
+    weight: float
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", type=_choices("suite", SUITES), default=list(SUITES), help="default: encode,step")
+    parser.add_argument(
+        "--suite", type=_choices("suite", SUITES), default=list(SUITES), help="default: encode,step,ops"
+    )
     parser.add_argument("--preset", default="b16", help="sizes of the model (default: b16)")
     parser.add_argument("--dtype", type=_choices("dtype", DTYPES), default=list(DTYPES), help="default: fp32,bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=_positive, help="images (default: encode 8, step 2)")
+    parser.add_argument(
+        "--op",
+        type=_choices("operator", [*backend.OPS, "all"]),
+        help="operators of the suite ops (default: those with a backend here beside the reference)",
+    )
+    parser.add_argument(
+        "--op-shape", type=_names, help="named shapes of their specs, or all (default: each operator's first real one)"
+    )
+    parser.add_argument("--batch", type=_positive, help="images of a model (default: encode 8, step 2)")
     parser.add_argument("--rounds", type=_positive, help="timed rounds of each case (default: what fits the budget)")
     parser.add_argument(
         "--budget", type=float, default=210.0, help="seconds for everything without --rounds (default: 210)"
@@ -61,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--providers",
         type=_choices("provider", PROVIDERS),
         default=list(PROVIDERS),
-        help="default: all; plain runs in any case",
+        help="of the models (default: all; plain runs in any case)",
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files")
     options = parser.parse_args(arguments)
@@ -70,14 +83,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         measure.set_allocator(options.allocator)
     except ValueError as error:
         parser.error(str(error))
+    for op in options.op or []:
+        for name in options.op_shape or []:
+            if "all" not in (op, name) and name not in load(op).shapes:
+                parser.error(f"{op} has no shape {name!r}; named: {', '.join(load(op).shapes)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no CUDA device")
     return options
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def _choices(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
     def parse_list(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",")]
+        names = _names(text)
         unknown = [name for name in names if name not in known]
         if unknown:
             raise argparse.ArgumentTypeError(f"unknown {what} {unknown[0]!r}: choose from {', '.join(known)}")
@@ -93,40 +114,108 @@ def _positive(text: str) -> int:
     return value
 
 
-def run_case(
-    options: argparse.Namespace, suite: str, dtype: str, facts: dict, copy_gb_per_s: float, deadline: float
-) -> list[Row]:
-    """Verify and time one suite in one dtype; no row for a provider that is wrong."""
-    device, timer = torch.device(options.device), measure.timer_for(torch.device(options.device))
-    build, default_batch = SUITES[suite]
-    say(f"{suite} {dtype}: building and verifying")
-    case = build(options.shape, options.batch or default_batch, DTYPES[dtype], device, options.providers)
-    calls = {}
-    for provider, call in case.calls.items():
-        worst = case.worst(provider)
+def plan(options: argparse.Namespace) -> list[Plan]:
+    """Everything that is to be measured, in order."""
+    device = torch.device(options.device)
+    plans = []
+    for suite in options.suite:
+        if suite in MODEL_SUITES:
+            build, batch = MODEL_SUITES[suite]
+            for dtype in options.dtype:
+                arguments = (options.shape, options.batch or batch, DTYPES[dtype], device, options.providers)
+                plans.append(Plan(f"{suite} {dtype}", dtype, lambda f=build, a=arguments: [f(*a)], 1.0))
+    ops_weight = len(plans) * OPS_SHARE / (1 - OPS_SHARE) or 1.0
+    of_ops = [case for op in (_operators(options) if "ops" in options.suite else []) for case in _op_cases(options, op)]
+    for op, shape, dtype in of_ops:
+        label = f"{op} {shape} {dtype}"
+        arguments = (op, shape, DTYPES.get(dtype, torch.uint8), device, lambda text, at=label: say(f"{at}: {text}"))
+        plans.append(Plan(label, dtype, lambda a=arguments: operators.build_cases(*a), ops_weight / len(of_ops)))
+    return plans
+
+
+def _operators(options: argparse.Namespace) -> list[str]:
+    known = [op for op in backend.OPS if options.device in load(op).devices]
+    if options.op is None:
+        return [op for op in known if operators.fast_backends(op, options.device)]
+    return known if "all" in options.op else options.op
+
+
+def _op_cases(options: argparse.Namespace, op: str) -> list[tuple[str, str, str]]:
+    """(op, shape, dtype) of one operator."""
+    spec = load(op)
+    named = [name for name in spec.shapes if name != "small"]
+    asked = named[:1] if options.op_shape is None else options.op_shape
+    taken = named if "all" in asked else [name for name in asked if name in spec.shapes]
+    dtypes = [dtype for dtype in options.dtype if DTYPES[dtype] in spec.dtypes]
+    if not any(dtype.is_floating_point for dtype in spec.dtypes):
+        dtypes = ["uint8"]
+    return [(op, shape, dtype) for shape in taken for dtype in dtypes]
+
+
+def run_plan(
+    options: argparse.Namespace,
+    planned: Plan,
+    facts: dict,
+    copy_gb_per_s: float,
+    gemm: dict[str, float],
+    deadline: float,
+) -> tuple[list[Row], int]:
+    """Verify and time the cases of a plan: their rows, and how many providers were wrong."""
+    say(f"{planned.label}: building and verifying")
+    cases = planned.build()
+    right, wrong = set(), 0
+    for provider in cases[0].calls:
+        worst = cases[0].worst(provider)
         verdict = f"{worst.name} at {worst.error:.2g} of its tolerance"
         if worst.error < 1:
-            calls[provider] = call
-            say(f"{suite} {dtype}: {provider} agrees in {len(case.checks[provider])} tensors, worst {verdict}")
+            right.add(provider)
+            say(f"{planned.label}: {provider} agrees in {len(cases[0].checks[provider])} tensors, worst {verdict}")
         else:
-            say(f"{suite} {dtype}: {provider} is WRONG and gets no time, worst {verdict}")
-    if "plain" not in calls:
-        return []
+            wrong += 1
+            say(f"{planned.label}: {provider} is WRONG and gets no time, worst {verdict}")
+    rows: list[Row] = []
+    for i, case in enumerate(cases if "plain" in right else []):
+        now = time.monotonic()
+        end = now + (deadline - now) / (len(cases) - i)
+        rows += time_case(options, planned, case, right, facts, copy_gb_per_s, gemm, end)
+    return rows, wrong
 
+
+def time_case(
+    options: argparse.Namespace,
+    planned: Plan,
+    case: Case,
+    right: set[str],
+    facts: dict,
+    copy_gb_per_s: float,
+    gemm: dict[str, float],
+    deadline: float,
+) -> list[Row]:
+    """Time the providers that are right, one row each."""
+    device, timer = torch.device(options.device), measure.timer_for(torch.device(options.device))
+    calls = {provider: call for provider, call in case.calls.items() if provider in right}
     for call in calls.values():  # warm up: allocator, autotuners, optimizer state
         call()
     peaks = {provider: measure.peak_extra_mib(call, device) for provider, call in calls.items()}
-    product, product_flops = measure.gemm(DTYPES[dtype], device)
-    product()
+    beside = {}
+    dtype = DTYPES.get(planned.dtype, torch.float32)
+    if not case.op:  # beside a step a large product takes little; an operator takes less time than the product
+        beside["gemm"], product_flops = measure.gemm(dtype, device)
+        beside["gemm"]()
+    elif planned.dtype not in gemm:
+        gemm[planned.dtype] = measure.gemm_gflop_per_s(dtype, device, timer)
     samples = measure.interleave(
-        calls | {"gemm": product},
+        calls | beside,
         timer,
         options.rounds,
         deadline - time.monotonic(),
-        lambda done, total: say(f"{suite} {dtype}: round {done}/{total}", end="\r" if done < total else "\n"),
+        lambda done, total: say(
+            f"{planned.label} {case.direction}: round {done}/{total}", end="\r" if done < total else "\n"
+        ),
     )
 
-    gemm_gflop_per_s = product_flops / measure.summarise(samples.pop("gemm")).median / 1e6
+    if beside:
+        gemm[planned.dtype] = product_flops / measure.summarise(samples.pop("gemm")).median / 1e6
     rows = []
     for provider, times in samples.items():
         time_ms, speed = measure.summarise(times), measure.ratio(samples["plain"], times)
@@ -134,12 +223,14 @@ def run_case(
         rows.append(
             Row(
                 **facts,
-                suite=suite,
+                suite=case.suite,
+                op=case.op,
+                direction=case.direction,
                 provider=provider,
-                preset=options.shape.preset,
+                preset=case.preset,
                 shape=case.shape,
                 batch=case.batch,
-                dtype=dtype,
+                dtype=planned.dtype,
                 rounds=len(times),
                 median_ms=time_ms.median,
                 p20_ms=time_ms.p20,
@@ -150,8 +241,8 @@ def run_case(
                 flops=case.flops,
                 bytes=case.bytes,
                 gflop_per_s=gflop_per_s,
-                gemm_gflop_per_s=gemm_gflop_per_s,
-                gemm_share=gflop_per_s / gemm_gflop_per_s,
+                gemm_gflop_per_s=gemm[planned.dtype],
+                gemm_share=gflop_per_s / gemm[planned.dtype],
                 gb_per_s=case.bytes / time_ms.median / 1e6,
                 copy_gb_per_s=copy_gb_per_s,
                 peak_extra_mib=peaks[provider],
@@ -167,39 +258,58 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def show(rows: Sequence[Row], facts: dict, copy_gb_per_s: float) -> None:
-    """The table, by rich where it is installed."""
+    """One table of the models and one of the operators."""
     title = (
         f"{facts['device_name']}, torch {facts['torch']}, {facts['threads']} threads, allocator {facts['allocator']}, "
         f"copy {copy_gb_per_s:.1f} GB/s, commit {facts['commit']}"
     )
-    lines = [
-        (
-            r.suite,
-            r.dtype,
-            r.provider,
-            f"{r.median_ms:.1f}",
-            f"{r.p20_ms:.1f} - {r.p80_ms:.1f}",
-            f"{r.ratio:.2f}x",
-            f"{r.ratio_p20:.2f} - {r.ratio_p80:.2f}",
-            f"{r.gflop_per_s:.0f}",
-            f"{r.gemm_share:.0%} of {r.gemm_gflop_per_s:.0f}",
-            "unknown" if r.peak_extra_mib is None else f"{r.peak_extra_mib:.0f}",
-        )
-        for r in rows
-    ]
+    for of_ops in (False, True):
+        chosen = [row for row in rows if bool(row.op) == of_ops]
+        if chosen:
+            _print_table(title, [_cells(row) for row in chosen])
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """A table's line, by column."""
+    direction = "fwd + bwd" if "backward" in row.direction else "fwd"
+    what = {"op": row.op, "shape": row.preset, "": direction} if row.op else {"suite": row.suite}
+    bytes_rate = {"GB/s": f"{row.gb_per_s:.1f}", "of copy": f"{row.gb_per_s / row.copy_gb_per_s:.0%}"} if row.op else {}
+    return {
+        **what,
+        "dtype": row.dtype,
+        "provider": row.provider,
+        "median ms": _ms(row.median_ms),
+        "p20 - p80 ": f"{_ms(row.p20_ms)} - {_ms(row.p80_ms)}",
+        "vs plain": f"{row.ratio:.2f}x",
+        "p20 - p80": f"{row.ratio_p20:.2f} - {row.ratio_p80:.2f}",
+        **bytes_rate,
+        "GFLOP/s": f"{row.gflop_per_s:.0f}",
+        "of GEMM": f"{row.gemm_share:.0%} of {row.gemm_gflop_per_s:.0f}",
+        "extra MiB": "unknown" if row.peak_extra_mib is None else f"{row.peak_extra_mib:.0f}",
+    }
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _print_table(title: str, lines: Sequence[dict[str, str]]) -> None:
+    """By rich where it is installed."""
+    columns = tuple(lines[0])
+    cells = [tuple(line.values()) for line in lines]
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         print(title)
-        widths = [max(map(len, column)) for column in zip(COLUMNS, *lines, strict=True)]
-        for line in (COLUMNS, *lines):
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        for line in (columns, *cells):
             print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
         return
-    table = Table(*COLUMNS, title=title)
-    for line in lines:
+    table = Table(*columns, title=title)
+    for line in cells:
         table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 190).print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -208,19 +318,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     facts = measure.machine_facts(device, options.allocator)
     copy_gb_per_s = measure.copy_gb_per_s(device, measure.timer_for(device))
-    cases = [(suite, dtype) for suite in options.suite for dtype in options.dtype]
+    plans = plan(options)
     rows: list[Row] = []
+    wrong = 0
+    gemm: dict[str, float] = {}  # GFLOP/s by dtype
     end = time.monotonic() + options.budget
-    for i, (suite, dtype) in enumerate(cases):
+    for i, planned in enumerate(plans):
         now = time.monotonic()
-        rows += run_case(options, suite, dtype, facts, copy_gb_per_s, now + (end - now) / (len(cases) - i))
+        share = planned.weight / sum(later.weight for later in plans[i:])
+        found, failed = run_plan(options, planned, facts, copy_gb_per_s, gemm, now + (end - now) * share)
+        rows, wrong = rows + found, wrong + failed
     show(rows, facts, copy_gb_per_s)
     if rows:
         path = measure.result_path(options.out, facts)
         measure.append_rows(path, rows)
         print(f"{len(rows)} rows -> {path}")
-    expected = len(cases) * len({"plain", *options.providers})
-    return 0 if len(rows) == expected else 1
+    return 1 if wrong or not rows else 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
 // The Python module stellar_fast._C: plain addresses, sizes and strides; shapes and dtypes are checked by the doors in
 // stellar_fast/ops, ranges here.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 
+#include "add_layer_norm/add_layer_norm.h"
 #include "build_info/build_info.h"
 #include "common/allocator.h"
 #include "common/check.h"
 #include "crop_resize/crop_resize.h"
+#include "linear/linear.h"
+#include "lowrank_product/lowrank_product.h"
+#include "token_attention/token_attention.h"
 
 namespace py = pybind11;
 using namespace stellar_fast;
@@ -53,6 +59,126 @@ void crop_resize_checked(uintptr_t image, int height, int width, ptrdiff_t row_s
               address<uint8_t>(out));
 }
 
+// (address, row stride, head stride), strides in elements.
+using HeadsArgument = std::tuple<uintptr_t, ptrdiff_t, ptrdiff_t>;
+
+Heads heads(const HeadsArgument &x) { return {address<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x)}; }
+
+AttentionShape attention_shape(uintptr_t starts_q, uintptr_t starts_k, int sequences, int num_heads, int head_dim, float scale,
+                               bool is_bfloat16, int rows_q, int rows_k) {
+  const AttentionShape shape{sequences,   num_heads, head_dim, address<const int32_t>(starts_q), address<const int32_t>(starts_k),
+                             scale, is_bfloat16};
+  for (const auto &[name, starts, rows] : {std::tuple{"q", shape.starts_q, rows_q}, {"k", shape.starts_k, rows_k}}) {
+    check(starts[0] == 0 && starts[sequences] == rows, "cu_seqlens_", name, " must run from 0 to ", rows, " but runs from ", starts[0],
+          " to ", starts[sequences]);
+    for (int i = 0; i < sequences; ++i)
+      check(starts[i] <= starts[i + 1], "cu_seqlens_", name, " must not fall but goes from ", starts[i], " to ", starts[i + 1]);
+  }
+  return shape;
+}
+
+void token_attention_forward_checked(uintptr_t starts_q, uintptr_t starts_k, int sequences, int num_heads, int head_dim, float scale,
+                                     bool is_bfloat16, int rows_q, int rows_k, HeadsArgument q, HeadsArgument k, HeadsArgument v,
+                                     HeadsArgument out, uintptr_t lse, int threads) {
+  const auto shape = attention_shape(starts_q, starts_k, sequences, num_heads, head_dim, scale, is_bfloat16, rows_q, rows_k);
+  const py::gil_scoped_release release;
+  token_attention_forward(shape, heads(q), heads(k), heads(v), heads(out), address<float>(lse), threads);
+}
+
+void token_attention_backward_checked(uintptr_t starts_q, uintptr_t starts_k, int sequences, int num_heads, int head_dim, float scale,
+                                      bool is_bfloat16, int rows_q, int rows_k, HeadsArgument grad_out, HeadsArgument q,
+                                      HeadsArgument k, HeadsArgument v, HeadsArgument grad_q, HeadsArgument grad_k,
+                                      HeadsArgument grad_v, int threads) {
+  const auto shape = attention_shape(starts_q, starts_k, sequences, num_heads, head_dim, scale, is_bfloat16, rows_q, rows_k);
+  const py::gil_scoped_release release;
+  token_attention_backward(shape, heads(grad_out), heads(q), heads(k), heads(v), heads(grad_q), heads(grad_k), heads(grad_v),
+                           threads);
+}
+
+// (images, patches, tokens, key width, value width)
+using LowrankSizes = std::tuple<int, int, int, int, int>;
+// (address, whether bf16 rather than fp32, image stride, row stride), strides in elements.
+using MatricesArgument = std::tuple<uintptr_t, bool, ptrdiff_t, ptrdiff_t>;
+
+LowrankShape lowrank_shape(const LowrankSizes &sizes) {
+  const auto [images, patches, tokens, key_width, value_width] = sizes;
+  check(images >= 0 && patches >= 1 && key_width >= 1 && value_width >= 1, "sizes must be positive but are ", images, ", ", patches,
+        ", ", key_width, ", ", value_width);
+  check(tokens >= 1 && tokens <= kLowrankMaxTokens, "tokens must be 1 to ", kLowrankMaxTokens, " but are ", tokens);
+  return {images, patches, tokens, key_width, value_width};
+}
+
+Matrices matrices(const MatricesArgument &x) {
+  return {address<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+}
+
+void lowrank_product_forward_checked(const LowrankSizes &sizes, const MatricesArgument &query, const MatricesArgument &key,
+                                     const MatricesArgument &value, uintptr_t bias, float temperature, uintptr_t out,
+                                     uintptr_t localization, uintptr_t peak, uintptr_t logits, uintptr_t query_scale,
+                                     uintptr_t key_scale, int threads) {
+  const LowrankForward call{lowrank_shape(sizes),   matrices(query),      matrices(key),          matrices(value),
+                            address<const float>(bias), temperature,      address<float>(out),    address<float>(localization),
+                            address<float>(peak),   address<float>(logits), address<float>(query_scale), address<float>(key_scale)};
+  const py::gil_scoped_release release;
+  lowrank_product_forward(call, threads);
+}
+
+void lowrank_product_backward_checked(const LowrankSizes &sizes, const MatricesArgument &grad_out, uintptr_t grad_localization,
+                                      const MatricesArgument &query, const MatricesArgument &key, const MatricesArgument &value,
+                                      uintptr_t logits, uintptr_t query_scale, uintptr_t key_scale, float temperature,
+                                      uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value, int threads) {
+  const LowrankBackward call{lowrank_shape(sizes),
+                             matrices(grad_out),
+                             address<const float>(grad_localization),
+                             matrices(query),
+                             matrices(key),
+                             matrices(value),
+                             address<const float>(logits),
+                             address<const float>(query_scale),
+                             address<const float>(key_scale),
+                             temperature,
+                             address<void>(grad_query),
+                             address<void>(grad_key),
+                             address<void>(grad_value)};
+  check(!call.grad_out.is_bfloat16, "grad_out must be fp32");
+  const py::gil_scoped_release release;
+  lowrank_product_backward(call, threads);
+}
+
+// (address, whether bf16 rather than fp32, row stride in elements); a null address where it is absent.
+using RowsArgument = std::tuple<uintptr_t, bool, ptrdiff_t>;
+
+Rows rows(const RowsArgument &x) { return {address<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x)}; }
+
+void add_layer_norm_forward_checked(int count, int width, RowsArgument x, RowsArgument residual, uintptr_t weight, uintptr_t bias,
+                                    float eps, uintptr_t total, RowsArgument normed, uintptr_t mean, uintptr_t rstd, int threads) {
+  check(width >= 1, "width must be at least 1 but is ", width);
+  const py::gil_scoped_release release;
+  add_layer_norm_forward(count, width, rows(x), rows(residual), address<const float>(weight), address<const float>(bias), eps,
+                         address<void>(total), rows(normed), address<float>(mean), address<float>(rstd), threads);
+}
+
+void add_layer_norm_backward_checked(int count, int width, RowsArgument grad_normed, RowsArgument grad_total, RowsArgument total,
+                                     uintptr_t weight, uintptr_t mean, uintptr_t rstd, uintptr_t grad, uintptr_t grad_x,
+                                     uintptr_t sums, int threads) {
+  check(width >= 1, "width must be at least 1 but is ", width);
+  const py::gil_scoped_release release;
+  add_layer_norm_backward(count, width, rows(grad_normed), rows(grad_total), rows(total), address<const float>(weight),
+                          address<const float>(mean), address<const float>(rstd), address<void>(grad), address<void>(grad_x),
+                          address<float>(sums), threads);
+}
+
+void gelu_forward_checked(uintptr_t x, uintptr_t out, size_t count, bool is_bfloat16, int threads) {
+  const py::gil_scoped_release release;
+  gelu_forward(address<const void>(x), address<void>(out), count, is_bfloat16, threads);
+}
+
+void gelu_backward_checked(uintptr_t x, uintptr_t grad, uintptr_t grad_x, uintptr_t out, size_t count, bool is_bfloat16, int threads) {
+  const py::gil_scoped_release release;
+  gelu_backward(address<const void>(x), address<const void>(grad), address<void>(grad_x), address<void>(out), count, is_bfloat16,
+                threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -60,4 +186,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("raise_allocator_thresholds", &raise_allocator_thresholds);
   module.def("crop_resize", &crop_resize_checked, py::arg("image"), py::arg("height"), py::arg("width"),
              py::arg("row_stride"), py::arg("boxes"), py::arg("flips"), py::arg("count"), py::arg("size"), py::arg("out"));
+  module.def("token_attention_forward", &token_attention_forward_checked);
+  module.def("token_attention_backward", &token_attention_backward_checked);
+  module.def("lowrank_product_forward", &lowrank_product_forward_checked);
+  module.def("lowrank_product_backward", &lowrank_product_backward_checked);
+  module.def("gelu_forward", &gelu_forward_checked);
+  module.def("gelu_backward", &gelu_backward_checked);
+  module.def("add_layer_norm_forward", &add_layer_norm_forward_checked);
+  module.def("add_layer_norm_backward", &add_layer_norm_backward_checked);
 }

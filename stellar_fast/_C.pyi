@@ -3,3 +3,71 @@ def raise_allocator_thresholds() -> str | None: ...
 def crop_resize(
     image: int, height: int, width: int, row_stride: int, boxes: int, flips: int, count: int, size: int, out: int
 ) -> None: ...
+
+_LowrankSizes = tuple[int, ...]  # images, patches, tokens, key width, value width
+_Matrices = tuple[int, bool, int, int]  # address, whether bf16 rather than fp32, image stride, row stride
+
+def lowrank_product_forward(
+    sizes: _LowrankSizes,
+    query: _Matrices,
+    key: _Matrices,
+    value: _Matrices,
+    bias: int,
+    temperature: float,
+    out: int,
+    localization: int,
+    peak: int,
+    logits: int,
+    query_scale: int,
+    key_scale: int,
+    threads: int,
+) -> None: ...
+def lowrank_product_backward(
+    sizes: _LowrankSizes,
+    grad_out: _Matrices,
+    grad_localization: int,
+    query: _Matrices,
+    key: _Matrices,
+    value: _Matrices,
+    logits: int,
+    query_scale: int,
+    key_scale: int,
+    temperature: float,
+    grad_query: int,
+    grad_key: int,
+    grad_value: int,
+    threads: int,
+) -> None: ...
+
+_Rows = tuple[int, bool, int]  # address, whether bf16 rather than fp32, row stride
+
+def add_layer_norm_forward(
+    count: int,
+    width: int,
+    x: _Rows,
+    residual: _Rows,
+    weight: int,
+    bias: int,
+    eps: float,
+    total: int,
+    normed: _Rows,
+    mean: int,
+    rstd: int,
+    threads: int,
+) -> None: ...
+def add_layer_norm_backward(
+    count: int,
+    width: int,
+    grad_normed: _Rows,
+    grad_total: _Rows,
+    total: _Rows,
+    weight: int,
+    mean: int,
+    rstd: int,
+    grad: int,
+    grad_x: int,
+    sums: int,
+    threads: int,
+) -> None: ...
+def gelu_forward(x: int, out: int, count: int, is_bfloat16: bool, threads: int) -> None: ...
+def gelu_backward(x: int, grad: int, grad_x: int, out: int, count: int, is_bfloat16: bool, threads: int) -> None: ...

@@ -1,18 +1,22 @@
 """Which backends exist here, why others do not, and which one an operator takes.
 
-    reference   plain torch or Pillow: the oracle, works everywhere
-    torch       torch's own operator, for the dtype and device at hand
-    onednn      oneDNN called past torch's choice of library, on CPUs
-    cpu         C++ in stellar_fast._C
-    triton      Triton kernels, on NVIDIA GPUs
-    cuda        CUDA C++ in stellar_fast._C
+    reference    plain torch or Pillow: the oracle, works everywhere
+    torch        torch's own operator, for the dtype and device at hand
+    onednn       oneDNN called past torch's choice of library, on CPUs
+    cpu          C++ in stellar_fast._C, on CPUs
+    triton       Triton kernels, on NVIDIA GPUs (on CPUs when asked for under TRITON_INTERPRET=1)
+    cuda         CUDA C++ in stellar_fast._C, on NVIDIA GPUs
+    flash_attn   the flash-attn package, on NVIDIA GPUs
+    xformers     the xformers package, on NVIDIA GPUs
 
-Without a request the first backend in an operator's row of OPS that works is taken. A request by `use_backend` or by
-the variable STELLAR_FAST_BACKEND (`reference`, or `crop_resize=cpu,...`) is honoured or raises; nothing is swapped.
+Without a request the first backend in an operator's row of OPS that works on the tensors' device and takes their
+shapes and dtypes runs. A request by `use_backend` or by the variable STELLAR_FAST_BACKEND (`reference`, or
+`crop_resize=cpu,...`) is honoured or raises; nothing is swapped.
 """
 
 import contextlib
 import functools
+import importlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -22,21 +26,33 @@ import torch
 
 from stellar_fast import native
 
-BACKENDS = ("reference", "torch", "onednn", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "torch", "onednn", "cpu", "triton", "cuda", "flash_attn", "xformers")
+DEVICES = {
+    "onednn": ("cpu",),
+    "cpu": ("cpu",),
+    "triton": ("cuda",),
+    "cuda": ("cuda",),
+    "flash_attn": ("cuda",),
+    "xformers": ("cuda",),
+}  # the others run on any
 
 # The backends of each operator, fastest first.
 OPS: dict[str, tuple[str, ...]] = {
+    "add_layer_norm": ("cpu", "torch", "reference"),
     "crop_resize": ("cpu", "reference"),
     "koleo": ("reference",),
     "linear": ("onednn", "torch", "reference"),
-    "lowrank_product": ("reference",),
+    "lowrank_product": ("triton", "cpu", "reference"),
     "nearest_code": ("reference",),
+    "packed_patch_embed": ("torch", "reference"),
     "prototype_cross_entropy": ("reference",),
-    "sinkhorn_knopp": ("reference",),
+    "sinkhorn": ("reference",),
+    "token_attention": ("triton", "cpu", "torch", "flash_attn", "xformers", "reference"),
     "token_match": ("reference",),
 }
 
 ANY = "*"  # a request for every operator
+_seen: set[tuple[str, str]] | None = None
 _requests: ContextVar[dict[str, str] | None] = ContextVar("stellar_fast_backend", default=None)
 
 
@@ -57,7 +73,8 @@ def why_not(backend: str) -> str:
         return native.reason()
     if backend == "onednn":
         return "" if torch.backends.mkldnn.is_available() else f"torch {torch.__version__} was built without oneDNN"
-    if backend in ("triton", "cuda") and not torch.cuda.is_available():
+    needs_gpu = backend in ("cuda", "flash_attn", "xformers") or (backend == "triton" and not interpreting())
+    if needs_gpu and not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
     if backend == "cuda":
         if not native.available():
@@ -65,41 +82,85 @@ def why_not(backend: str) -> str:
         return (
             "" if "cuda_architectures" in native.build_info() else "the native module was built without its CUDA half"
         )
-    if backend == "triton":
+    if backend in ("triton", "flash_attn", "xformers"):
         try:
-            import triton  # noqa: F401
-        except ImportError as error:
-            return f"triton does not import ({error})"
+            importlib.import_module(backend)
+        except Exception as error:  # a package built for another torch may raise anything
+            return f"{backend} does not import ({error})"
     return ""
 
 
-def pick(op: str) -> str:
+def interpreting() -> bool:
+    """Whether Triton kernels run on the CPU, by its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pick(op: str, device: str = "cpu", unfit: tuple[tuple[str, str], ...] = ()) -> str:
     """Return the backend that `op` takes now. A compiled function keeps the one of its first call.
 
+    Args:
+        op: a row of OPS.
+        device: type of the device that the tensors are on, "cpu" or "cuda".
+        unfit: (backend, reason) of those that cannot take this call's shapes or dtypes.
+
     Raises:
-        ValueError: the requested backend is unknown, not written for `op`, or does not work here.
+        ValueError: the requested backend is unknown, not written for `op`, does not work here or not for this call.
     """
-    working = [name for name in OPS[op] if not why_not(name)]
-    asked = _active_requests()
-    wanted = asked.get(op, asked.get(ANY))
+    wanted = requested(op)
+    working = [name for name in OPS[op] if not refusal(name, device, unfit)]
     if wanted is None:
-        return working[0]
+        return next(name for name in working if name != "triton" or device != "cpu")
     if wanted not in working:
-        reason = why_not(wanted) or f"{op} has no such backend"
+        reason = f"{op} has no such backend"
+        if wanted in OPS[op] or why_not(wanted):
+            reason = refusal(wanted, device, unfit)
         raise ValueError(f"backend {wanted!r} was asked for, but {reason}; {op} can use: {', '.join(working)}")
     return wanted
 
 
+def requested(op: str) -> str | None:
+    """The backend that was asked for `op`, or None where the choice is ours."""
+    asked = _active_requests()
+    return asked.get(op, asked.get(ANY))
+
+
+def refusal(backend: str, device: str, unfit: tuple[tuple[str, str], ...] = ()) -> str:
+    """Why `backend` cannot take a call on tensors of `device`; empty where it can."""
+    if reason := why_not(backend):
+        return reason
+    if device not in DEVICES.get(backend, (device,)) and not (backend == "triton" and interpreting()):
+        return f"it does not run on {device} tensors"
+    return dict(unfit).get(backend, "")
+
+
 # What torch.compiler.assume_constant_result sets; calling that here would import the compiler, and with it Triton.
-pick._dynamo_marked_constant = True  # type: ignore[attr-defined]
+pick._dynamo_marked_constant = requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def ran(op: str, backend: str) -> None:
+    """Called where `backend` computes `op`, so that `observe` can tell what really ran."""
+    if _seen is not None:
+        _seen.add((op, backend))
+
+
+@contextlib.contextmanager
+def observe() -> Iterator[set[tuple[str, str]]]:
+    """Collect (operator, backend) of what is computed in the block by this package's own kernels."""
+    global _seen
+    before, _seen = _seen, set()
+    try:
+        yield _seen
+    finally:
+        _seen = before
 
 
 def describe() -> list[Row]:
-    """One row for each operator and backend: available or why not, and which one is taken."""
+    """One row for each operator and backend: available or why not, and which one is taken on this machine's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for op, written in OPS.items():
         try:
-            taken = pick(op)
+            taken = pick(op, device)
         except ValueError as error:
             taken, refused = "", f"; {error}"
         else:

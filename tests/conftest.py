@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stellar_fast import DecoderConfig, EncoderConfig, StellarModel, VQGANConfig
+from stellar_fast.backend import interpreting
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("mse", "momentum", "no_cls_scaled_sk", "no_temperature", "vq", "vq_patch14")
@@ -36,12 +37,14 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave tests marked `cuda` out where there is no GPU, as deselected and so in the count."""
-    if torch.cuda.is_available():
-        return
-    needs_gpu = [item for item in items if item.get_closest_marker("cuda")]
-    config.hook.pytest_deselected(items=needs_gpu)
-    items[:] = [item for item in items if item not in needs_gpu]
+    """Leave out what cannot run in this process, as deselected and so in the count.
+
+    That is `cuda` without a GPU, and `interpreter` unless TRITON_INTERPRET=1: test_interpreter.py starts those.
+    """
+    absent = [mark for mark, here in (("cuda", torch.cuda.is_available()), ("interpreter", interpreting())) if not here]
+    left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in absent)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from stellar_fast import StellarModel
+from stellar_fast import StellarModel, backend
 from stellar_fast.cli import app, main
 from stellar_fast.data import eval_transform, load_image
 
-COMMANDS = ("info", "train", "encode", "reconstruct", "visualize", "demo")
+COMMANDS = ("info", "train", "encode", "reconstruct", "visualize", "demo", "inspect")
 SMALL = [
     *("--encoder", "image_size=32", "--encoder", "hidden_size=48", "--encoder", "num_hidden_layers=2"),
     *("--encoder", "intermediate_size=96", "--model", "num_masks=2", "--model", "num_local_crops=2"),
@@ -83,8 +83,21 @@ def test_help_shows_a_working_example(command: str) -> None:
 def test_info_names_versions_devices_and_backends() -> None:
     result = invoke("info")
     assert result.exit_code == 0
-    for text in (torch.__version__, "crop_resize", "reference", "Native module", "CUDA"):
+    for text in (torch.__version__, "prototype_cross_entropy", "reference", "Native module", "CUDA"):
         assert text in result.output
+
+
+def test_info_says_why_a_backend_of_an_operator_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backend.OPS, "koleo", ("xformers", "reference"))
+    monkeypatch.setattr(backend, "why_not", lambda name: "not\\[built]" if name == "xformers" else "")
+    lines = plain(invoke("info").output).splitlines()
+    (koleo,) = [line for line in lines if "koleo" in line]
+    number = re.search(r"xformers (\(\d+\))", koleo)
+    assert number and f"  {number[1]} not\\[built]" in lines
+    monkeypatch.setenv("STELLAR_FAST_BACKEND", "koleo=xformers")
+    lines = plain(invoke("info").output).splitlines()
+    assert any("koleo" in line and "none (" in line for line in lines)
+    assert any(line.endswith("'xformers' was asked for, but not\\[built]; koleo can use: reference") for line in lines)
 
 
 def test_encode_writes_features_and_names(run: Path, photos: Path, tmp_path: Path) -> None:

@@ -33,4 +33,5 @@ def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.
         bytes=encode_bytes(encoder_parameters, batch, shape),
         calls=dict(results),
         checks=compare(results, lambda: encode(plain, torch.float32), dtype),
+        preset=shape.preset,
     )

@@ -39,6 +39,9 @@ class Case:
     bytes: int
     calls: dict[str, Call]
     checks: dict[str, list[Check]]
+    op: str = ""
+    direction: str = "forward"
+    preset: str = ""
 
     def worst(self, provider: str) -> Check:
         return max(self.checks[provider], key=lambda check: check.error)

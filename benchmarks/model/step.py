@@ -55,13 +55,19 @@ def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.
         bytes=step_bytes(sum(p.numel() for p in trained_parameters(plain))),
         calls={name: training_step(model, forward, dtype) for name, model in models.items()},
         checks=checks,
+        direction="forward+backward",
+        preset=shape.preset,
     )
 
 
 def training_step(model: nn.Module, forward: Forward, dtype: torch.dtype) -> Callable[[], None]:
-    """The call that is timed; every provider has the same optimizer with the same settings."""
+    """The call that is timed: AdamW with the same settings on every side, each as its own trainer has it.
+
+    Plain has torch's default, as upstream; this package's trainer has the fused one.
+    """
     parameters = trained_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=1.5e-4, weight_decay=0.04)
+    fused = None if isinstance(model, PlainStellar) else True
+    optimizer = torch.optim.AdamW(parameters, lr=1.5e-4, weight_decay=0.04, fused=fused)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -58,19 +58,34 @@ def info() -> None:
         reason = backend.why_not(name)
         machine.add_row(name, "[red]no[/]" if reason else "[green]yes[/]", escape(reason))
     console.print(machine)
-    console.print(_operators(backend.describe(), backend.BACKENDS))
+    table, notes = _operators(backend.describe())
+    console.print(table)
+    for number, reason in enumerate(notes, start=1):
+        console.print(f"  ({number}) {escape(reason)}", soft_wrap=True, highlight=False)
 
 
-def _operators(rows: Sequence[Row], backends: Sequence[str]) -> Table:
-    """Operators by backends: the one in use, others that work, those that would elsewhere; a dot is not written."""
-    table = Table("operator", *backends, title="Operators", title_justify="left")
-    cells: dict[str, dict[str, str]] = {}
-    for row in rows:
-        cell = "[bold green]in use[/]" if row.reason == "in use" else "[green]yes[/]" if row.available else "[red]no[/]"
-        cells.setdefault(row.op, {})[row.backend] = cell if row.written else "[dim]·[/]"
-    for op, by_backend in cells.items():
-        table.add_row(op, *(by_backend[name] for name in backends))
-    return table
+def _operators(rows: Sequence[Row]) -> tuple[Table, list[str]]:
+    """The backends that are written for each operator, and the reasons that its cells refer to by number."""
+    table = Table(title="Operators", title_justify="left")
+    table.add_column("operator", no_wrap=True)
+    for header in ("in use", "works too", "not here"):
+        table.add_column(header)
+    notes: list[str] = []
+
+    def refer(reason: str) -> str:
+        if reason not in notes:
+            notes.append(reason)
+        return f"({notes.index(reason) + 1})"
+
+    for op in dict.fromkeys(row.op for row in rows):
+        written = [row for row in rows if row.op == op and row.written]
+        taken = [f"[bold green]{row.backend}[/]" for row in written if row.reason == "in use"]
+        refused = {row.reason.removeprefix("works; ") for row in written if row.reason.startswith("works; ")}
+        others = [row.backend for row in written if row.available and row.reason != "in use"]
+        absent = [f"{row.backend} {refer(row.reason)}" for row in written if not row.available]
+        in_use = taken or [f"[red]none[/] {refer(reason)}" for reason in refused]
+        table.add_row(op, ", ".join(in_use), ", ".join(others), ", ".join(absent))
+    return table, notes
 
 
 def _facts(title: str) -> Table:

@@ -1,12 +1,25 @@
 """The decoder: low-rank image embedding to pixels or to VQ codes. B images, P patches, H decoder width."""
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.models.config import DecoderConfig
 from stellar_fast.nn.fourier_position import FourierPosition
 from stellar_fast.nn.linear import Linear
-from stellar_fast.nn.vit import Transformer, init_vit_weights
+from stellar_fast.nn.vit import Sequences, Transformer, init_vit_weights
+from stellar_fast.ops.lowrank_product import lowrank_product
+
+
+class Localizer(NamedTuple):
+    """What places tokens on patches: query (B, P, D) and key (B, K, D) before normalisation, see `lowrank_product`."""
+
+    query: Tensor
+    key: Tensor
+    temperature: float | None
 
 
 class Decoder(nn.Module):
@@ -41,10 +54,35 @@ class Decoder(nn.Module):
         self.register_buffer("pooler_weight", torch.randn(dim, dim) * 0.02)
         self.register_buffer("pooler_bias", torch.zeros(dim))
 
-    def forward(self, lowrank_BPD: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return pixels (B, 3, height, width), or code logits (B, P, codes)."""
-        dtype = self.proj.weight.dtype
-        x = self.transformer(self.proj(lowrank_BPD.to(dtype)) + self.position(grid).to(dtype))
+    def forward(self, sparse_BKD: Tensor, where: Localizer | Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Decode tokens at their places.
+
+        The projection is pushed through the low-rank product, ``proj(L S) = L (S W^T) + b``: K rows are projected, not
+        P, and the low-rank embedding is never written.
+
+        Args:
+            sparse_BKD: the tokens.
+            where: how to localize them, or the localization matrix (B, P, K) itself.
+            grid: patches in height and width.
+
+        Returns:
+            pixels (B, 3, height, width) or code logits (B, P, codes); the localization matrix, (B, P, K) fp32.
+        """
+        value = F.linear(sparse_BKD.to(self.proj.weight.dtype), self.proj.weight)
+        bias = at_least_fp32(self.position(grid)) + at_least_fp32(self.proj.bias)
+        if isinstance(where, Tensor):
+            spatial = at_least_fp32(where)
+            with torch.autocast(value.device.type, enabled=False):  # fp32, as in training
+                x = spatial @ at_least_fp32(value) + bias
+        else:
+            x, localization, _ = lowrank_product(
+                where.query, where.key, value, temperature=where.temperature, bias=bias, return_localization=True
+            )
+            assert localization is not None  # asked for
+            spatial = localization
+        B, P, H = x.shape
+        sequences = Sequences.of([(B, P)], x.device)
+        x = self.transformer(x.to(self.proj.weight.dtype).flatten(0, 1), sequences).view(B, P, H)
         if isinstance(self.head, nn.ConvTranspose2d):
             x = x.mT.unflatten(2, grid)
-        return self.head(x)
+        return self.head(x), spatial

@@ -4,9 +4,8 @@ B images, P patches of a (height, width) grid, K sparse tokens, D width.
 """
 
 import math
-import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,56 +17,47 @@ from stellar_fast.models.hub import HubMixin
 from stellar_fast.models.output import StellarOutput
 from stellar_fast.models.weights import UpstreamWeightsMixin
 from stellar_fast.nn.linear import Linear
-from stellar_fast.nn.vit import Transformer, init_vit_weights
+from stellar_fast.nn.vit import Rows, Sequences, Transformer, init_vit_weights
 from stellar_fast.ops.lowrank_product import lowrank_product
+from stellar_fast.ops.packed_patch_embed import check_images, packed_patch_embed
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-RANGE_SLACK = 1e-3  # resizing overshoots by rounding; what is normalised or up to 255 is far beyond
 
 
-def check_images(images: Tensor, patch_size: int, name: str = "images") -> None:
-    """Raise ValueError unless `images` is (B, 3, H, W), uint8 or floating in [0, 1], of at least one patch.
+ROWS = ("all", "cls", "cls+sparse")
 
-    Values are read on a CPU; on CUDA, where reading waits for the device, only under STELLAR_FAST_CHECK=1.
+
+class ViewBatch(NamedTuple):
+    """Images of one kind, and which of their tokens are read afterwards; the rest of the last block is not computed.
+
+    Attributes:
+        images: (N, 3, H, W) uint8, or floating in [0, 1].
+        keep_indices: (N, kept) int64 patches that stay; None keeps all. Each has the position of its place in it.
+        rows: "all", "cls" or "cls+sparse".
     """
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"{name} must be (B, 3, H, W) but has shape {tuple(images.shape)}")
-    if min(images.shape[-2:]) < patch_size:
-        raise ValueError(
-            f"{name} of {images.shape[-2]}x{images.shape[-1]} pixels hold no patch of {patch_size}x{patch_size}"
-        )
-    if images.dtype == torch.uint8:
-        return
-    if not images.is_floating_point():
-        raise ValueError(f"{name} must be uint8 or floating point in [0, 1] but is {images.dtype}")
-    if images.numel() and _values_are_checked(images):
-        low, high = (bound.item() for bound in torch.aminmax(images.detach()))
-        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
-            raise ValueError(f"{name} must lie in [0, 1] but span [{low:.6g}, {high:.6g}]; do not normalise them")
+
+    images: Tensor
+    keep_indices: Tensor | None = None
+    rows: str = "all"
 
 
-def to_unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images as floating point in [0, 1], from that or from uint8."""
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+class ViewOutput(NamedTuple):
+    """Tokens of one ViewBatch; None is what its `rows` leave out.
 
+    Attributes:
+        cls: (N, 1, D).
+        sparse: (N, K, D).
+        dense: (N, P or kept, D).
+        query: (N, P or kept, D), `dense_proj` of dense: what `lowrank_product` localizes. A StellarEncoder's alone.
+        key: (N, K, D), `sparse_proj` of sparse. A StellarEncoder's alone.
+    """
 
-def check_keep_indices(keep_indices: Tensor, num_images: int, num_patches: int) -> None:
-    """Raise ValueError unless `keep_indices` is (num_images, kept) int64 with patches of the image; values as above."""
-    shape = tuple(keep_indices.shape)
-    if len(shape) != 2 or shape[0] != num_images or not 1 <= shape[1] <= num_patches:
-        raise ValueError(f"keep_indices must be ({num_images}, 1 to {num_patches}) but has shape {shape}")
-    if keep_indices.dtype != torch.int64:
-        raise ValueError(f"keep_indices must be torch.int64 but is {keep_indices.dtype}")
-    if keep_indices.numel() and _values_are_checked(keep_indices):
-        low, high = (bound.item() for bound in torch.aminmax(keep_indices))
-        if low < 0 or high >= num_patches:
-            raise ValueError(f"keep_indices span [{low}, {high}] but the image has {num_patches} patches")
-
-
-def _values_are_checked(tensor: Tensor) -> bool:
-    readable = tensor.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1"
-    return readable and not torch.compiler.is_compiling()
+    cls: Tensor
+    sparse: Tensor | None = None
+    dense: Tensor | None = None
+    query: Tensor | None = None
+    key: Tensor | None = None
 
 
 class SparseViT(nn.Module):
@@ -120,31 +110,60 @@ class SparseViT(nn.Module):
         patches = F.interpolate(at_least_fp32(patches), size=grid, mode="bicubic", align_corners=False)
         return torch.cat((cls, patches.flatten(2).mT.to(cls.dtype)), dim=1)
 
-    def tokens(self, images: Tensor, keep_indices: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the transformer.
+    def forward(self, views: Sequence[ViewBatch]) -> list[ViewOutput]:
+        """Run the transformer over all views in one pass of packed sequences."""
+        if not views:
+            raise ValueError("there are 0 views: pass at least one ViewBatch")
+        grids = [self._check(view) for view in views]
+        positions = {grid: self.position(grid)[0] for grid in grids}
+        bias = self.patch_embed.bias
+        assert bias is not None
+        x = packed_patch_embed(
+            [view.images for view in views],
+            self.patch_embed.weight,
+            bias,
+            [positions[grid] for grid in grids],
+            self.cls_token[0, 0],
+            self.sparse_tokens,
+            mean=self.mean.flatten(),
+            std=self.std.flatten(),
+            keep_indices=[view.keep_indices for view in views],
+        )
+        K, device = self.num_sparse_tokens, x.device
+        counts = [view.images.shape[0] for view in views]
+        patches = [
+            g[0] * g[1] if v.keep_indices is None else v.keep_indices.shape[1]
+            for v, g in zip(views, grids, strict=True)
+        ]
+        sequences = Sequences.of([(N, 1 + P + K) for N, P in zip(counts, patches, strict=True)], device)
+        rows = None
+        if any(view.rows != "all" for view in views):
+            kept = [_kept_positions(view.rows, P, K, device) for view, P in zip(views, patches, strict=True)]
+            rows = Rows.of(sequences, kept)
+        x = self.transformer(x, sequences, rows)
+        lengths = [group[1] for group in (sequences if rows is None else rows).groups]
+        pieces = x.split([N * length for N, length in zip(counts, lengths, strict=True)])
+        outputs = []
+        for piece, view, N, length in zip(pieces, views, counts, lengths, strict=True):
+            tokens = piece.view(N, length, piece.shape[-1])
+            sparse = None if view.rows == "cls" else tokens[:, -K:]
+            outputs.append(ViewOutput(tokens[:, :1], sparse, tokens[:, 1:-K] if view.rows == "all" else None))
+        return outputs
 
-        Args:
-            images: (B, 3, H, W) uint8, or floating in [0, 1].
-            keep_indices: (B, kept) int64 patches that stay; position is added before the others are dropped.
+    def _check(self, view: ViewBatch) -> tuple[int, int]:
+        """The view's grid of patches."""
+        if view.rows not in ROWS:
+            raise ValueError(f"rows must be one of {', '.join(map(repr, ROWS))} but is {view.rows!r}")
+        check_images(view.images, self.config.patch_size, values=False)  # the operator reads the values
+        return self.grid(view.images)
 
-        Returns:
-            cls (B, 1, D), dense (B, P or kept, D), sparse (B, K, D).
-        """
-        check_images(images, self.config.patch_size)
-        dtype = self.patch_embed.weight.dtype
-        pixels = to_unit_range(images, dtype)
-        grid = self.grid(images)
-        position = self.position(grid)
-        patches = self.patch_embed((pixels - self.mean) / self.std).flatten(2).mT + position[:, 1:]
-        if keep_indices is not None:
-            check_keep_indices(keep_indices, images.shape[0], patches.shape[1])
-            patches = patches.gather(1, keep_indices[..., None].expand(-1, -1, patches.shape[-1]))
-        B = images.shape[0]
-        cls = (self.cls_token + position[:, :1]).expand(B, -1, -1)
-        x = self.transformer(torch.cat((cls, patches, self.sparse_tokens.expand(B, -1, -1)), dim=1))
-        # three slices, not one split: a view of several outputs is replayed wrongly after a graph break (torch 2.13)
-        K = self.num_sparse_tokens
-        return x[:, :1], x[:, 1:-K], x[:, -K:]
+
+def _kept_positions(rows: str, num_patches: int, num_sparse_tokens: int, device: torch.device) -> Tensor:
+    """Places in a sequence [CLS, patches, sparse tokens] that `rows` names."""
+    positions = torch.arange(1 + num_patches + num_sparse_tokens, device=device)
+    if rows == "all":
+        return positions
+    return positions[:1] if rows == "cls" else torch.cat((positions[:1], positions[-num_sparse_tokens:]))
 
 
 class StellarEncoder(UpstreamWeightsMixin, SparseViT, HubMixin):
@@ -155,8 +174,9 @@ class StellarEncoder(UpstreamWeightsMixin, SparseViT, HubMixin):
         num_sparse_tokens: K; None takes the preset's (16 where it names none).
         spatial_temp: temperature of the localization; None takes a scaled dot product without normalisation.
 
-    Calling it with images returns a `StellarOutput`. Images are (B, 3, H, W) RGB, uint8 or floating point in [0, 1] and
-    not normalised, of any height and width of at least one patch; anything else raises ValueError.
+    Calling it with images returns a `StellarOutput`; with a list of ViewBatch, what training needs, in one pass.
+    Images are (B, 3, H, W) RGB, uint8 or floating point in [0, 1] and not normalised, of any height and width of at
+    least one patch; anything else raises ValueError.
 
     Source: "Learning Sparse Visual Representations via Spatial-Semantic Factorization" (arXiv 2602.01905).
     """
@@ -207,21 +227,42 @@ class StellarEncoder(UpstreamWeightsMixin, SparseViT, HubMixin):
         """Recompute each block's activations in the backward of a training-mode pass instead of keeping them."""
         self.transformer.gradient_checkpointing = enable
 
-    def localize(self, dense: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Factorise: returns lowrank (B, P, D), spatial (B, P, K), peak_dist (B, K)."""
+    @overload  # type: ignore[override]
+    def forward(self, images: Tensor, keep_indices: Tensor | None = None) -> StellarOutput: ...
+
+    @overload
+    def forward(self, images: Sequence[ViewBatch]) -> list[ViewOutput]: ...
+
+    def forward(
+        self, images: Tensor | Sequence[ViewBatch], keep_indices: Tensor | None = None
+    ) -> StellarOutput | list[ViewOutput]:
+        """Encode images, or several kinds of views in one pass.
+
+        Args:
+            images: (B, 3, H, W), or a list of ViewBatch, as training has them.
+            keep_indices: (B, kept) int64 with images: only those patches enter, and `grid` is (1, kept).
+
+        Returns:
+            A `StellarOutput`; for a list one `ViewOutput` each, with the rows that were asked for.
+
+        Raises:
+            ValueError: images of a wrong kind, patches that they do not have, unknown rows.
+        """
+        if not isinstance(images, Tensor):
+            if keep_indices is not None:
+                raise ValueError("keep_indices belong into each ViewBatch when views are given")
+            return [self._with_projections(output) for output in super().forward(images)]
+        output = self._with_projections(super().forward([ViewBatch(images, keep_indices)])[0])
+        assert output.query is not None and output.key is not None
+        assert output.sparse is not None and output.dense is not None
         lowrank, spatial, peak = lowrank_product(
-            self.dense_proj(dense),
-            self.sparse_proj(sparse),
-            sparse,
-            temperature=self.spatial_temp,
-            return_localization=True,
+            output.query, output.key, output.sparse, temperature=self.spatial_temp, return_localization=True
         )
         assert spatial is not None  # asked for
-        return lowrank, spatial, peak
-
-    def forward(self, images: Tensor, keep_indices: Tensor | None = None) -> StellarOutput:
-        """Encode images; with `keep_indices` (B, kept) only those patches enter, and `grid` is (1, kept)."""
-        cls, dense, sparse = self.tokens(images, keep_indices)
-        lowrank, spatial, peak = self.localize(dense, sparse)
         grid = self.grid(images) if keep_indices is None else (1, keep_indices.shape[1])
-        return StellarOutput(cls, sparse, dense, spatial, lowrank, peak, grid)
+        return StellarOutput(output.cls, output.sparse, output.dense, spatial, lowrank, peak, grid)
+
+    def _with_projections(self, output: ViewOutput) -> ViewOutput:
+        if output.dense is None:
+            return output
+        return output._replace(query=self.dense_proj(output.dense), key=self.sparse_proj(output.sparse))

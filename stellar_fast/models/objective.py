@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stellar_fast.kernels.common.precision import at_least_fp32
-from stellar_fast.models.decoder import Decoder
-from stellar_fast.models.encoder import StellarEncoder, check_images, to_unit_range
+from stellar_fast.models.decoder import Decoder, Localizer
+from stellar_fast.models.encoder import StellarEncoder, ViewBatch, ViewOutput
 from stellar_fast.models.teacher import Teacher
 from stellar_fast.models.vqgan import VQGAN
 from stellar_fast.nn.color_augment import ColorAugment
 from stellar_fast.nn.masking import random_keep_indices
 from stellar_fast.nn.prototype_head import PrototypeHead
 from stellar_fast.ops.koleo import koleo
+from stellar_fast.ops.packed_patch_embed import check_images, to_unit_range
 from stellar_fast.ops.prototype_cross_entropy import prototype_cross_entropy
 from stellar_fast.ops.sinkhorn import sinkhorn_knopp
 from stellar_fast.ops.token_match import token_match
@@ -67,20 +68,13 @@ class Objective(nn.Module):
         """The predictions of a training forward; see `StellarModel.forward`."""
         views = require(batch, "global_views")
         masked_views, local_views = self._check_views(batch, views)
-        clean = views[:, 0]
-        B, V = views.shape[0], self.num_masks
-        cls, dense, sparse = self.encoder.tokens(clean)
         predictions: dict[str, Any] = {"metrics": {}}
-        if self.do_recon:
-            self._reconstruction(predictions, clean, dense, sparse)
-        targets = self._targets(predictions, views, cls, sparse)
-
+        passes = [ViewBatch(views[:, 0], rows="all" if self.do_recon else "cls+sparse")]
         if self.do_masking:
-            grid = self.encoder.grid(clean)
             if keep_indices is None:
                 keep_indices = random_keep_indices(
-                    B * V,
-                    grid,
+                    views.shape[0] * self.num_masks,
+                    self.encoder.grid(views[:, 0]),
                     self.masking_ratio,
                     focal_mode=self.focal_mode,
                     focal_probability=self.focal_probability,
@@ -88,19 +82,23 @@ class Objective(nn.Module):
                     device=views.device,
                 )
             predictions["keep_indices"] = keep_indices
-            masked = self._augment(masked_views.flatten(0, 1), generator)
-            masked_cls, _, masked_sparse = self.encoder.tokens(masked, keep_indices)
-            self._mask_loss(predictions, masked_sparse, targets)
+            passes.append(ViewBatch(self._augment(masked_views.flatten(0, 1), generator), keep_indices, "cls+sparse"))
+        if self.do_cls and self.do_cropping:
+            passes.append(ViewBatch(self._augment(local_views.flatten(0, 1), generator), rows="cls"))
+        clean, *others = self.encoder(passes)  # one pass over all views
+        masked = others.pop(0) if self.do_masking else None
+
+        if self.do_recon:
+            self._reconstruction(predictions, views[:, 0], clean)
+        targets = self._targets(predictions, views, clean)
+        if masked is not None:
+            self._mask_loss(predictions, masked.sparse, targets)
         if self.do_koleo:
-            loss = koleo(sparse, min_distance=self.koleo_min_distance)
-            if self.do_masking:
-                loss = loss + koleo(masked_sparse, min_distance=self.koleo_min_distance)
+            spread = [clean.sparse] if masked is None else [clean.sparse, masked.sparse]
+            loss = sum(koleo(sparse, min_distance=self.koleo_min_distance) for sparse in spread)
             predictions["koleo_loss"] = KOLEO_WEIGHT * loss
         if self.do_cls:
-            student_cls = [masked_cls] if self.do_masking else []
-            if self.do_cropping:
-                local = self._augment(local_views.flatten(0, 1), generator)
-                student_cls.append(self.encoder.tokens(local)[0])
+            student_cls = [output.cls for output in (masked, *others) if output is not None]
             if student_cls:
                 predictions["cls_loss"] = sum(self._cls_loss(x, targets["cls"]) for x in student_cls)
         return predictions
@@ -151,15 +149,16 @@ class Objective(nn.Module):
         dtype = self.encoder.patch_embed.weight.dtype
         return images if self.color_augment is None else self.color_augment(to_unit_range(images, dtype), generator)
 
-    def _reconstruction(self, predictions: dict[str, Any], clean: Tensor, dense: Tensor, sparse: Tensor) -> None:
-        assert self.decoder is not None
+    def _reconstruction(self, predictions: dict[str, Any], clean: Tensor, output: ViewOutput) -> None:
+        assert self.decoder is not None and output.query is not None and output.key is not None
         grid, patch = self.encoder.grid(clean), self.encoder.config.patch_size
-        lowrank, spatial, _ = self.encoder.localize(dense, sparse)
+        where = Localizer(output.query, output.key, self.encoder.spatial_temp)
+        x_hat, spatial = self.decoder(output.sparse, where, grid)
         predictions["metrics"]["token_entropy"] = token_entropy(spatial)
         clean = clean[..., : grid[0] * patch, : grid[1] * patch]
-        target = to_unit_range(clean, torch.promote_types(dense.dtype, torch.float32))
+        target = to_unit_range(clean, torch.promote_types(output.cls.dtype, torch.float32))
         predictions["x_original"] = target
-        x_hat = predictions["x_hat"] = self.decoder(lowrank, grid)
+        predictions["x_hat"] = x_hat
         if self.tokenizer is None:
             predictions["MSE"] = F.mse_loss(at_least_fp32(x_hat), target)
             return
@@ -169,8 +168,10 @@ class Objective(nn.Module):
         codes = predictions["vq_codes"] = self.tokenizer.encode(target).flatten(1)
         predictions["VQ-CE"] = F.cross_entropy(at_least_fp32(x_hat).flatten(0, 1), codes.flatten())
 
-    def _targets(self, predictions: dict[str, Any], views: Tensor, cls: Tensor, sparse: Tensor) -> dict[str, Tensor]:
+    def _targets(self, predictions: dict[str, Any], views: Tensor, clean: ViewOutput) -> dict[str, Tensor]:
         """The clean view's losses, and the targets: tokens (B, K, D), assignments sparse (B * K, C) and cls (B, C)."""
+        cls, sparse = clean.cls, clean.sparse
+        assert sparse is not None
         targets = {"tokens": sparse.detach()}
         if self.clustering_head is None:
             return targets
@@ -180,7 +181,7 @@ class Objective(nn.Module):
             targets["sparse"] = self.assign(logits)
         else:
             with torch.no_grad():
-                teacher_cls, _, teacher_sparse = self.teacher.encoder.tokens(views[:, 1])
+                teacher_cls, teacher_sparse, *_ = self.teacher.encoder([ViewBatch(views[:, 1], rows="cls+sparse")])[0]
                 targets = {
                     "tokens": teacher_sparse,
                     "sparse": self.assign(self.teacher.clustering_head(teacher_sparse)),

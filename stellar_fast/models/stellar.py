@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.models.build import FROM_ENCODER, FromEncoder, build_encoder, build_vqgan, with_depth
 from stellar_fast.models.config import (
     DecoderConfig,
@@ -366,9 +365,7 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
             raise ValueError(f"spatial has {P} patches but the grid is {height}x{width}: pass grid=(height, width)")
         if sparse.shape[2] != self.encoder.config.hidden_size:
             raise ValueError(f"sparse has width {sparse.shape[2]} but the model has {self.encoder.config.hidden_size}")
-        with torch.autocast(sparse.device.type, enabled=False):  # fp32, as in training
-            lowrank = at_least_fp32(spatial) @ at_least_fp32(sparse)
-        x_hat = self.decoder(lowrank, (height, width))
+        x_hat, _ = self.decoder(sparse, spatial, (height, width))
         if self.tokenizer is None:
             return {"reconstruction": x_hat.clamp(0, 1)}
         return {"reconstruction": self.tokenizer.decode(x_hat.argmax(dim=-1).view(-1, height, width))}

@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stellar_fast.models.encoder import SparseViT, StellarEncoder
 from stellar_fast.nn.prototype_head import PrototypeHead
@@ -23,7 +23,23 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
-        """``m teacher + (1 - m) student`` over all tensors, those that never touch the output included."""
+        """``m teacher + (1 - m) student`` over all tensors, those that never touch the output included.
+
+        Shards of FSDP2 move where they are; teacher and student have to be sharded alike.
+        """
         theirs = student.state_dict(keep_vars=True)
-        pairs = [(ours.detach(), theirs[name].detach()) for name, ours in self.state_dict(keep_vars=True).items()]
-        torch._foreach_lerp_([ours for ours, _ in pairs], [their for _, their in pairs], 1 - momentum)
+        ours, targets = [], []
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            ours.append(_shard(tensor.detach()))
+            targets.append(_shard(theirs[name].detach()))
+            if ours[-1].shape != targets[-1].shape:
+                raise ValueError(
+                    f"the teacher's shard of {name} is {tuple(ours[-1].shape)} but the student's is "
+                    f"{tuple(targets[-1].shape)}: shard both alike"
+                )
+        torch._foreach_lerp_(ours, targets, 1 - momentum)
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]

@@ -171,7 +171,7 @@ class UpstreamWeightsMixin:
             name: part.clone(memory_format=torch.contiguous_format)
             for _, ours, names in self._named_tensors()
             if not names[0].startswith("tokenizer.")
-            for part, name in zip(ours.detach().chunk(len(names)), names, strict=True)
+            for part, name in zip(_whole(ours.detach()).chunk(len(names)), names, strict=True)
         }
 
     @torch.no_grad()
@@ -181,8 +181,13 @@ class UpstreamWeightsMixin:
             name: part.clone()
             for _, ours, names in self._named_tensors()
             if ours.grad is not None
-            for part, name in zip(ours.grad.chunk(len(names)), names, strict=True)
+            for part, name in zip(_whole(ours.grad).chunk(len(names)), names, strict=True)
         }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that FSDP2 has sharded, gathered from all processes: each has to call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
 
 
 def strip_checkpoint(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -1,14 +1,55 @@
-"""Pre-norm vision transformer blocks. B images, N tokens, D width."""
+"""Pre-norm vision transformer over packed sequences.
 
-import torch.nn.functional as F
+T rows of all sequences one after another, D width. A block gives the residual stream and its last branch apart: the
+next norm adds them, in one pass over memory.
+"""
+
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stellar_fast.nn.add_layer_norm import AddLayerNorm
 from stellar_fast.nn.linear import Linear
+from stellar_fast.ops.linear import linear
+from stellar_fast.ops.token_attention import cu_seqlens, token_attention, token_self_attention
+
+
+class Sequences(NamedTuple):
+    """How rows belong together: `groups` (sequences, length, length) on the host, `starts` their row ranges."""
+
+    groups: tuple[tuple[int, int, int], ...]
+    starts: Tensor
+
+    @classmethod
+    def of(cls, lengths: list[tuple[int, int]], device: torch.device) -> "Sequences":
+        """From (sequences, length) of each run of equal lengths."""
+        groups = tuple((count, length, length) for count, length in lengths)
+        return cls(groups, cu_seqlens(groups, 1, device))
+
+
+class Rows(NamedTuple):
+    """Those rows that are read after the last block: `places` (R,) int64, ascending, and how many of each sequence."""
+
+    places: Tensor
+    groups: tuple[tuple[int, int, int], ...]
+    starts: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequences, kept: list[Tensor]) -> "Rows":
+        """From the positions that are kept in the sequences of each group."""
+        at, places, groups = 0, [], []
+        for (count, length, _), positions in zip(sequences.groups, kept, strict=True):
+            first = at + length * torch.arange(count, device=positions.device)
+            places.append((first[:, None] + positions).flatten())
+            groups.append((count, positions.shape[0], length))
+            at += count * length
+        return cls(torch.cat(places), tuple(groups), cu_seqlens(groups, 1, sequences.starts.device))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused qkv projection."""
+    """Multi-head attention within each sequence, with one fused qkv projection."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -16,9 +57,16 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x_TD: Tensor, sequences: Sequences, rows: Rows | None = None) -> Tensor:
+        """With `rows` only those ask, of all; returns their outputs."""
+        if rows is None:
+            qkv = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1))
+            return self.proj(token_self_attention(qkv, sequences.starts, groups=sequences.groups).flatten(1))
+        D = x_TD.shape[1]
+        weights, biases = self.qkv.weight.split((D, 2 * D)), self.qkv.bias.split((D, 2 * D))
+        q = linear(x_TD[rows.places], weights[0], biases[0]).unflatten(-1, (self.num_heads, -1))
+        k, v = linear(x_TD, weights[1], biases[1]).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        return self.proj(token_attention(q, k, v, rows.starts, sequences.starts, groups=rows.groups).flatten(1))
 
 
 class MLP(nn.Module):
@@ -30,7 +78,9 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        if torch.is_grad_enabled():  # the backward needs what enters the GELU: keep that, and not what leaves it
+            return self.fc2(self.fc1(x), gelu="input")
+        return self.fc2(self.fc1(x, gelu="output"))
 
 
 class Block(nn.Module):
@@ -38,14 +88,21 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, eps: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = AddLayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = AddLayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, hidden_dim)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.attn(self.norm1(x_BND))
-        return x_BND + self.mlp(self.norm2(x_BND))
+    def forward(
+        self, stream: Tensor, branch: Tensor | None, sequences: Sequences, rows: Rows | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (stream, branch), each (T, D), or (R, D) of `rows` alone; their sum is the block's output."""
+        stream, normed = self.norm1(stream, branch)
+        attended = self.attn(normed, sequences, rows)
+        if rows is not None:
+            stream = stream[rows.places]
+        stream, normed = self.norm2(stream, attended)
+        return stream, self.mlp(normed)
 
 
 class Transformer(nn.Module):
@@ -55,15 +112,20 @@ class Transformer(nn.Module):
         super().__init__()
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(Block(dim, num_heads, hidden_dim, eps) for _ in range(num_layers))
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = AddLayerNorm(dim, eps=eps)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        for block in self.blocks:
+    def forward(self, x_TD: Tensor, sequences: Sequences, rows: Rows | None = None) -> Tensor:
+        """Return the normed output (T, D), or (R, D) of `rows` alone: nothing else is computed of the last block."""
+        stream, branch = x_TD, None
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            arguments = stream, branch, sequences, rows if i == last else None
             if self.gradient_checkpointing and self.training:
-                x_BND = checkpoint(block, x_BND, use_reentrant=False)
+                stream, branch = checkpoint(block, *arguments, use_reentrant=False)
+                stream, branch = stream + branch, None  # keep one tensor a block, not two
             else:
-                x_BND = block(x_BND)
-        return self.norm(x_BND)
+                stream, branch = block(*arguments)
+        return self.norm(stream, branch)[1]
 
 
 def init_vit_weights(module: nn.Module) -> None:

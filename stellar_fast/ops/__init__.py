@@ -1,21 +1,28 @@
 """The one door of each operator: arguments are checked here, then the chosen backend computes."""
 
+from stellar_fast.ops.add_layer_norm import add_layer_norm
 from stellar_fast.ops.crop_resize import crop_resize
 from stellar_fast.ops.koleo import koleo
 from stellar_fast.ops.linear import linear
 from stellar_fast.ops.lowrank_product import lowrank_product
 from stellar_fast.ops.nearest_code import nearest_code
+from stellar_fast.ops.packed_patch_embed import packed_patch_embed
 from stellar_fast.ops.prototype_cross_entropy import prototype_cross_entropy
 from stellar_fast.ops.sinkhorn import sinkhorn_knopp
+from stellar_fast.ops.token_attention import token_attention, token_self_attention
 from stellar_fast.ops.token_match import token_match
 
 __all__ = [
+    "add_layer_norm",
     "crop_resize",
     "koleo",
     "linear",
     "lowrank_product",
     "nearest_code",
+    "packed_patch_embed",
     "prototype_cross_entropy",
     "sinkhorn_knopp",
+    "token_attention",
     "token_match",
+    "token_self_attention",
 ]

@@ -1,6 +1,7 @@
 """Argument checks shared by the doors."""
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def check_shapes(**named: tuple[Tensor, str]) -> dict[str, int]:
@@ -41,3 +42,8 @@ def check_positive(**named: float) -> None:
     for name, value in named.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive but is {value}")
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are asked for: a registered operator has none, and torch would take zero."""
+    return forward_ad._current_level >= 0

@@ -54,6 +54,7 @@ def crop_resize(
 
     views = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
     if backend.pick("crop_resize") == "cpu":
+        backend.ran("crop_resize", "cpu")
         _native_crop_resize(pixels, rows, mirrored, size, views)
     else:
         from stellar_fast.kernels.crop_resize import reference

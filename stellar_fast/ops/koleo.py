@@ -23,7 +23,7 @@ def koleo(x: Tensor, *, min_distance: float = 0.0) -> Tensor:
 
     Source: "Spreading vectors for similarity search" (arXiv 1806.03198); within the image: STELLAR (arXiv 2602.01905).
     """
-    backend.pick("koleo")
+    backend.pick("koleo", x.device.type)
     sizes = check_shapes(x=(x, "NKD"))
     check_floating(x=x)
     if sizes["K"] < 2:

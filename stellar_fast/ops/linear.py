@@ -1,82 +1,213 @@
-"""linear: the affine map under every projection; on a CPU through whichever library multiplies faster there."""
+"""linear: the affine map under every projection, with an exact GELU before or behind it.
+
+T rows, I input width, O output width.
+"""
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from stellar_fast import backend
-from stellar_fast.kernels.linear import reference
-from stellar_fast.ops.checks import check_floating
+from stellar_fast import backend, native
+from stellar_fast.kernels.linear import config, reference
+from stellar_fast.ops.checks import check_floating, in_forward_mode
+
+Gelu = Literal["input", "output"] | None
 
 # Below this many multiply-adds the dispatch of a registered operator (some 10 us) costs more than the faster product
 # saves: 2 cores of a Zen 5 do 2^20 of them in about 10 us either way.
 SMALL_PRODUCT = 1 << 20
+ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+_OPERATOR = "linear"
 
 
-@torch.library.custom_op("stellar_fast::linear_onednn", mutates_args=(), device_types="cpu")
-def _linear_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+# x (T, I). Returns (out, preactivation): what enters a GELU at the output where `keep` asks for it, else of shape (0,).
+@torch.library.custom_op("stellar_fast::linear", mutates_args=(), device_types="cpu")
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, keep: bool) -> tuple[Tensor, Tensor]:
+    backend.ran(_OPERATOR, "onednn")
+    if gelu == "input":
+        x = _gelu(x)
+    if gelu == "output" and not keep:
+        # the algorithm "none" is oneDNN's exact GELU, "tanh" its approximation
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), x.new_empty(0)
+    out = product("forward", _choose("forward", x, weight), x, weight, bias)
+    return (_gelu(out), out) if gelu == "output" else (out, x.new_empty(0))
 
 
-@_linear_onednn.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+@_forward.register_fake
+def _(x, weight, bias, gelu, keep):
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    return out, torch.empty_like(out) if gelu == "output" and keep else x.new_empty(0)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
+# Returns (grad_x, grad_weight, grad_bias), of shape (0,) where `needs` does not ask for it.
+@torch.library.custom_op("stellar_fast::linear_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, preactivation: Tensor, gelu: str | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend.ran(_OPERATOR, "onednn")
+    needs_x, needs_weight, needs_bias = needs
+    grad = _with_dense_rows(grad)
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in needs)
+    if gelu == "output":
+        grad, _ = _gelu_backward(preactivation, grad)
+    if needs_x:
+        grad_x = product("grad_input", _choose("grad_input", x, weight), grad, weight)
+    if gelu == "input" and needs_x:
+        grad_x, x = _gelu_backward(x, grad_x, needs_weight, in_place=True)
+    elif gelu == "input":
+        x = _gelu(x)
+    if needs_weight:
+        grad_weight = product("grad_weight", _choose("grad_weight", x, weight), grad, x)
+    if needs_bias:
+        grad_bias = grad.sum(0)
+    return grad_x, grad_weight, grad_bias
 
 
-def _backward(ctx, grad: Tensor):
-    x, weight = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    rows = grad.reshape(-1, grad.shape[-1])
-    grad_x = _linear_onednn(grad, weight.t(), None) if needs_x else None
-    # dW = dy^T x = (x^T dy)^T: written so, both transposes are views that oneDNN reads in place
-    grad_weight = _linear_onednn(x.reshape(-1, x.shape[-1]).t(), rows.t(), None).t() if needs_weight else None
-    return grad_x, grad_weight, rows.sum(0) if ctx.has_bias and needs_bias else None
+@_backward.register_fake
+def _(grad, x, weight, preactivation, gelu, needs):
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    grad_x, grad_weight, grad_bias = (
+        x.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)
+    )
+    return grad_x, grad_weight, grad_bias
 
 
-_linear_onednn.register_autograd(_backward, setup_context=_setup_context)
+def _save(ctx, inputs, output) -> None:
+    x, weight, _, ctx.gelu, _ = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x weight^T + bias``, as `torch.nn.functional.linear`.
+def _differentiate(ctx, grad: Tensor | None, _):
+    if grad is None:
+        return (None,) * 5
+    needs = list(ctx.needs_input_grad[:3])
+    grads = _backward(grad, *ctx.saved_tensors, ctx.gelu, needs)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _choose(direction: str, x: Tensor, weight: Tensor) -> config.Product:
+    return config.heuristic(direction, x.dtype, weight.shape[1], weight.shape[0])
+
+
+def product(direction: str, chosen: config.Product, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One of the three products on a CPU: x W^T + b of (x, W, b), dy W of (dy, W), or dy^T x of (dy, x)."""
+    if direction == "forward":
+        return F.linear(left, right, bias) if chosen.way == "matmul" else _pointwise(left, right, bias)
+    if direction == "grad_input":
+        return left @ right if chosen.way == "matmul" else _pointwise(left, right.t())
+    slices = max(1, -(-len(left) // chosen.slice_rows)) if chosen.slice_rows else 1
+    total = None
+    for grad, x in zip(left.chunk(slices), right.chunk(slices), strict=True):
+        # each way gives dW in the layout of W: autograd would copy a transposed one
+        if len(grad) == 0 or chosen.way == "matmul":
+            out = grad.t() @ x
+        elif chosen.way == "pointwise":
+            out = _pointwise(grad.t(), x.t())
+        else:
+            like_weight = x.new_empty(()).expand(grad.shape[1], x.shape[1])  # asked for its shape alone
+            out, _ = torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like_weight, False)
+        total = out if total is None else total.add_(out)
+    assert total is not None
+    return total
+
+
+def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+
+
+def _gelu(x: Tensor) -> Tensor:
+    if not native.available():
+        return F.gelu(x)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    native.module().gelu_forward(
+        x.data_ptr(), out.data_ptr(), x.numel(), x.dtype == torch.bfloat16, torch.get_num_threads()
+    )
+    return out
+
+
+def _gelu_backward(x: Tensor, grad: Tensor, again: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """(gradient of x, gelu(x) if it is wanted `again`), in one pass over memory; `in_place` of grad."""
+    if not native.available():
+        return torch.ops.aten.gelu_backward(grad, x), F.gelu(x) if again else x
+    x, grad = x.contiguous(), grad.contiguous()
+    grad_x, out = grad if in_place else torch.empty_like(x), torch.empty_like(x) if again else x
+    native.module().gelu_backward(
+        x.data_ptr(),
+        grad.data_ptr(),
+        grad_x.data_ptr(),
+        out.data_ptr() if again else 0,
+        x.numel(),
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return grad_x, out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: Gelu = None) -> Tensor:
+    """``x weight^T + bias``, as `torch.nn.functional.linear`, with an exact (erf) GELU where one is asked for.
 
     Args:
         x: (..., I) floating.
         weight: (O, I) of the same dtype (any floating dtype under autocast, which rules).
         bias: (O,).
+        gelu: "output" returns ``gelu(x weight^T + bias)``; "input" ``gelu(x) weight^T + bias``, whose backward keeps x
+            alone and computes gelu(x) again: an MLP ``fc2(fc1(x), gelu="input")`` holds one hidden activation, not two.
 
     Returns:
-        (..., O). Backends: `onednn` (fp32 on a CPU, forward and both gradients, unless the product is small), `torch`,
-        `reference` (fp32).
+        (..., O). Backends: `onednn` (fp32 and bf16 on a CPU, forward and all gradients, unless the product is small and
+        nothing was asked for; the GELU is C++ in `stellar_fast._C`), `torch`, `reference` (fp32). On CUDA `torch` is
+        cuBLAS, with the bias in its epilogue. The GELU epilogue of cuBLASLt is the tanh approximation, so an exact one
+        stays a kernel of its own, and "input" keeps what torch keeps.
 
     Raises:
-        ValueError: widths that differ, or integer tensors.
+        ValueError: widths that differ, integer tensors, an unknown `gelu`.
     """
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)} (O, I)")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias of shape {tuple(bias.shape)} does not fit weight of shape {tuple(weight.shape)} (O, I)")
-    check_floating(x=x, weight=weight)
-    name = backend.pick("linear")
+    if gelu not in (None, "input", "output"):
+        raise ValueError(f"gelu must be None, 'input' or 'output' but is {gelu!r}")
+    tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_floating(**tensors)
+    dtypes = {t.dtype for t in tensors.values()}
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
+        dtypes = {torch.get_autocast_dtype(x.device.type)}
+    name = backend.pick(_OPERATOR, x.device.type, _unfit(dtypes, x.numel() * weight.shape[0]))
     if name == "reference":
-        return reference.linear(x, weight, bias)
-    if name == "onednn" and _suits_onednn(x, weight):
-        return _linear_onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return reference.linear(x, weight, bias, gelu=gelu)
+    if name == "torch":
+        out = F.linear(F.gelu(x) if gelu == "input" else x, weight, bias)
+        return F.gelu(out) if gelu == "output" else out
+    (dtype,) = dtypes
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
+    # the casts are part of the graph, so that gradients arrive in the dtypes of the parameters
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    cast_bias = None if bias is None else bias.to(dtype).contiguous()  # oneDNN's binding overlooks its stride
+    out, _ = _forward(_with_dense_rows(rows), weight.to(dtype), cast_bias, gelu, keep)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """fp32 on a CPU outside autocast, and large enough. In bf16 torch itself goes through oneDNN."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0  # a registered operator has no forward-mode derivative: torch would take zero
-        and x.numel() * weight.shape[0] >= SMALL_PRODUCT
-    )
+def _unfit(dtypes: set[torch.dtype], multiply_adds: int) -> tuple[tuple[str, str], ...]:
+    """Why oneDNN cannot take this call, or should not where nothing was asked for."""
+    reason = ""
+    if in_forward_mode():
+        reason = "it has no forward-mode derivative"
+    elif len(dtypes) > 1 or not dtypes <= {*ONEDNN_DTYPES}:
+        reason = f"it does not compute in {' and '.join(sorted(map(str, dtypes)))}"
+    elif multiply_adds < SMALL_PRODUCT and backend.requested(_OPERATOR) is None:
+        reason = "the product is small"
+    return (("onednn", reason),) if reason else ()
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """With the elements of a row next to each other; rows may be strided, but not all at one place."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()

@@ -22,7 +22,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
     Source: VQ-VAE (arXiv 1711.00937).
     """
-    backend.pick("nearest_code")
+    backend.pick("nearest_code", z.device.type)
     check_shapes(z=(z, "NE"), codebook=(codebook, "SE"))
     check_floating(z=z, codebook=codebook)
     return reference.nearest_code(z.detach(), codebook.detach())

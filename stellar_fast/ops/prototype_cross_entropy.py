@@ -28,7 +28,7 @@ def prototype_cross_entropy(
 
     Source: STELLAR (arXiv 2602.01905), online clustering.
     """
-    backend.pick("prototype_cross_entropy")
+    backend.pick("prototype_cross_entropy", logits.device.type)
     if index is None:
         check_shapes(logits=(logits, "RC"), targets=(targets, "RC"))
     else:

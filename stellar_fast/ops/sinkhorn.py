@@ -1,4 +1,4 @@
-"""sinkhorn_knopp: balanced soft assignment of tokens to prototypes."""
+"""sinkhorn: balanced soft assignment of tokens to prototypes."""
 
 import torch.distributed as dist
 from torch import Tensor
@@ -33,7 +33,7 @@ def sinkhorn_knopp(
 
     Source: SwAV (arXiv 2006.09882) with STELLAR's shift and scale (arXiv 2602.01905).
     """
-    backend.pick("sinkhorn_knopp")
+    backend.pick("sinkhorn", logits.device.type)
     check_shapes(logits=(logits, "RC"))
     check_floating(logits=logits)
     if not logits.shape[0]:

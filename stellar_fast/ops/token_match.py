@@ -29,7 +29,7 @@ def token_match(
 
     Source: Sinkhorn distances (arXiv 1306.0895) as used by STELLAR (arXiv 2602.01905).
     """
-    backend.pick("token_match")
+    backend.pick("token_match", pred.device.type)
     shapes = {"pred": (pred, "BVKD"), "target": (target, "BKD")}
     check_shapes(**shapes if filter is None else shapes | {"filter": (filter, "BK")})
     check_floating(pred=pred, target=target)

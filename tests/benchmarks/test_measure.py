@@ -6,9 +6,12 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import measure, run, shapes
+from benchmarks import measure, operators, run, shapes
 from benchmarks.measure import Row
 from benchmarks.model import pair, step
+from benchmarks.ops import koleo
+from stellar_fast import backend
+from stellar_fast.registry import load
 
 
 def row(**changes) -> Row:
@@ -106,6 +109,13 @@ def test_result_file_grows_whole_and_keeps_its_columns(tmp_path) -> None:
     assert lines[2]["shape"] == "B=2, 224"
     assert list(path.parent.iterdir()) == [path]
 
+    path.write_text("date,provider,median_ms\n2030-01-01,plain,7\n")  # of a version with fewer columns
+    measure.append_rows(path, [row(provider="ours")])
+    with path.open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["provider"], line["op"]) for line in lines] == [("plain", ""), ("ours", "x")]
+    assert lines[0]["median_ms"] == "7"
+
     path.write_text("old,columns\n1,2\n")
     with pytest.raises(ValueError, match="old,columns"):
         measure.append_rows(path, [row()])
@@ -160,7 +170,7 @@ def test_a_gradient_that_is_zero_but_for_rounding_passes() -> None:
 
 
 def test_run_verifies_times_and_writes(tmp_path, capsys) -> None:
-    assert run.main(["--preset", "tiny", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    assert run.main(["--suite", "encode,step", "--preset", "tiny", "--rounds", "2", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     with path.open() as file:
         lines = list(csv.DictReader(file))
@@ -177,6 +187,70 @@ def test_run_verifies_times_and_writes(tmp_path, capsys) -> None:
     shown = capsys.readouterr().out
     assert "stellar_fast" in shown
     assert str(path) in shown
+
+
+def read_one(folder) -> list[dict[str, str]]:
+    (path,) = folder.iterdir()
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_operators_are_verified_timed_and_written(tmp_path, capsys) -> None:
+    arguments = ["--suite", "ops", "--op", "crop_resize,koleo,linear", "--op-shape", "small", "--rounds", "2"]
+    assert run.main([*arguments, "--dtype", "fp32", "--out", str(tmp_path)]) == 0
+    lines = read_one(tmp_path)
+    cases = {(line["op"], line["dtype"], line["direction"]) for line in lines}
+    assert cases == {
+        ("crop_resize", "uint8", "forward"),
+        *((op, "fp32", direction) for op in ("koleo", "linear") for direction in ("forward", "forward+backward")),
+    }
+    providers = {line["op"]: set() for line in lines}
+    for line in lines:
+        providers[line["op"]].add(line["provider"])
+        assert line["suite"] == "ops" and line["preset"] == "small"
+        assert float(line["worst_check"]) < 1 and float(line["median_ms"]) > 0
+    assert providers == {
+        "crop_resize": {"plain", "stellar_fast.cpu"},
+        "koleo": {"plain", "stellar_fast.reference"},
+        "linear": {"plain", "stellar_fast.onednn", "stellar_fast.torch"},
+    }
+    shown = capsys.readouterr().out
+    assert "fwd + bwd" in shown and "stellar_fast.onednn" in shown
+
+
+@pytest.mark.parametrize("op", backend.OPS)
+def test_every_provider_of_an_operator_agrees_with_fp64(op: str) -> None:
+    spec = load(op)
+    for dtype in (d for d in spec.dtypes if d != torch.float16):
+        said = []
+        cases = operators.build_cases(op, "small", dtype, torch.device("cpu"), said.append)
+        assert [case.direction for case in cases] == ["forward", "forward+backward"][: 1 + bool(spec.gradients)]
+        for case in cases:
+            assert "plain" in case.calls and len(case.calls) > 1, said
+            for provider, call in case.calls.items():
+                assert case.worst(provider).error < 1, f"{provider} {dtype} {case.worst(provider)}"
+                call()
+
+
+def test_a_wrong_operator_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(koleo.PROVIDERS, "wrong", lambda x: 1.001 * koleo.plain(x))
+    arguments = ["--suite", "ops", "--op", "koleo", "--op-shape", "small", "--dtype", "fp32", "--rounds", "1"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert {line["provider"] for line in read_one(tmp_path)} == {"plain", "stellar_fast.reference"}
+    assert "koleo small fp32: wrong is WRONG and gets no time, worst output 0" in capsys.readouterr().err
+
+
+def test_what_a_backend_does_not_take_is_left_out_with_its_reason(monkeypatch) -> None:
+    monkeypatch.setitem(backend.OPS, "koleo", ("torch", "reference"))
+    monkeypatch.setattr(backend, "pick", refuse)
+    said = []
+    cases = operators.build_cases("koleo", "small", torch.float32, torch.device("cpu"), said.append)
+    assert [set(case.calls) for case in cases] == [{"plain"}, {"plain"}]
+    assert said == ["stellar_fast.torch is left out: too small"]
+
+
+def refuse(*_: str) -> str:
+    raise ValueError("too small")
 
 
 def test_a_wrong_provider_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
@@ -203,6 +277,8 @@ def test_a_wrong_provider_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
         (["--suite", "encode,fly"], "'fly'"),
         (["--dtype", "int3"], "'int3'"),
         (["--batch", "0"], "at least 1 but is 0"),
+        (["--op", "koleo,crop"], "unknown operator 'crop'"),
+        (["--op", "koleo", "--op-shape", "tiny"], "koleo has no shape 'tiny'; named: small, b16, h16"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, capsys) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from stellar_fast import EncoderConfig, StellarEncoder, StellarOutput
-from stellar_fast.models.encoder import IMAGE_MEAN, IMAGE_STD
+from stellar_fast.models.encoder import ViewBatch
 from tests.conftest import SMALL_ENCODER
 
 
@@ -62,15 +62,6 @@ def test_uint8_is_the_same_image(encoder):
     torch.testing.assert_close(encoder(pixels).sparse, encoder(pixels.float() / 255).sparse)
 
 
-def test_images_are_normalised_inside(encoder):
-    mean, std = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
-    images = torch.rand(1, 3, 32, 32)
-    seen = []
-    encoder.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    encoder(images)
-    torch.testing.assert_close(seen[0], (images - mean) / std)
-
-
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -90,6 +81,56 @@ def test_wrong_images_are_named(encoder, images, message):
 
 def test_rounding_beyond_the_range_is_no_error(encoder):
     encoder(torch.full((1, 3, 32, 32), 1 + 3e-7))
+
+
+def test_views_in_one_pass_are_the_images_each_alone(encoder):
+    whole, small = torch.rand(2, 3, 32, 32), torch.rand(3, 3, 16, 24)
+    keep = torch.tensor([[0, 5, 9], [15, 2, 3]])
+    views = [ViewBatch(whole), ViewBatch(whole, keep, "cls+sparse"), ViewBatch(small, rows="cls"), ViewBatch(small)]
+    clean, masked, local, dense = encoder(views)
+    alone, alone_masked, alone_small = encoder(whole), encoder(whole, keep), encoder(small)
+    for ours, theirs in ((clean, alone), (dense, alone_small)):
+        for name in ("cls", "sparse", "dense"):
+            torch.testing.assert_close(getattr(ours, name), theirs[name])
+        torch.testing.assert_close(ours.query, encoder.dense_proj(theirs.dense))
+        torch.testing.assert_close(ours.key, encoder.sparse_proj(theirs.sparse))
+    torch.testing.assert_close(masked.cls, alone_masked.cls)
+    torch.testing.assert_close(masked.sparse, alone_masked.sparse)
+    torch.testing.assert_close(local.cls, alone_small.cls)
+    assert masked.dense is None and masked.query is None
+    assert local.sparse is None and local.dense is None
+
+
+def test_rows_that_nobody_reads_are_not_computed(encoder):
+    rows = []
+    last = encoder.transformer.blocks[-1].mlp.fc1
+    last.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
+    images = torch.rand(3, 3, 32, 32)
+    encoder([ViewBatch(images, rows="cls"), ViewBatch(images, rows="cls+sparse")])
+    assert rows == [3 * 1 + 3 * 5]
+
+
+def test_gradients_of_views_are_those_of_the_images_alone(encoder):
+    whole, small = torch.rand(2, 3, 32, 32), torch.rand(3, 3, 16, 24)
+    clean, local = encoder([ViewBatch(whole), ViewBatch(small, rows="cls")])
+    (clean.dense.square().sum() + clean.sparse.sum() + local.cls.pow(3).sum()).backward()
+    ours = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+    encoder.zero_grad()
+    clean = encoder(whole)
+    (clean.dense.square().sum() + clean.sparse.sum() + encoder(small).cls.pow(3).sum()).backward()
+    for name, gradient in ours.items():
+        expected = dict(encoder.named_parameters())[name].grad
+        torch.testing.assert_close(gradient, expected, atol=1e-4 * expected.abs().max().item() + 1e-6, rtol=1e-4)
+
+
+def test_wrong_views_are_named(encoder):
+    images = torch.rand(1, 3, 32, 32)
+    with pytest.raises(ValueError, match="there are 0 views"):
+        encoder([])
+    with pytest.raises(ValueError, match=r"rows must be one of 'all', 'cls', 'cls\+sparse' but is 'dense'"):
+        encoder([ViewBatch(images, rows="dense")])
+    with pytest.raises(ValueError, match="keep_indices belong into each ViewBatch"):
+        encoder([ViewBatch(images)], torch.zeros(1, 1, dtype=torch.int64))
 
 
 def test_presets():
@@ -124,7 +165,7 @@ def test_autocast_keeps_the_residual_stream_in_fp32(encoder):
     exact = encoder(images)
     stream, products = [], []
     for block in encoder.transformer.blocks:
-        block.register_forward_hook(lambda _, __, out: stream.append(out.dtype))
+        block.register_forward_hook(lambda _, __, out: stream.append(out[0].dtype))
         block.mlp.fc1.register_forward_hook(lambda _, __, out: products.append(out.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = encoder(images)

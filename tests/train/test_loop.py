@@ -310,7 +310,7 @@ def test_a_step_waits_for_nothing(config: TrainConfig, monkeypatch: pytest.Monke
         torch.ones(1).item()
     assert len(reads.found) == 1
     # on a CPU, and there alone, the encoder looks at its inputs, and colours are changed in a list of selected images
-    monkeypatch.setattr("stellar_fast.models.encoder._values_are_checked", lambda tensor: False)
+    monkeypatch.setattr("stellar_fast.ops.packed_patch_embed._values_are_checked", lambda tensor: False)
     config = change(config, accumulate=2, model=TEACHER | {"color_augmentation": False})
     model = build_model(config)
     trainer = _Trainer(config, model, build_dataset(config, model), torch.device("cpu"), Ranks())

@@ -1,0 +1,8 @@
+"""Whom an operator is compared with: one module each, with
+
+    PROVIDERS    name -> function that takes the inputs of the operator's spec; "plain" is upstream's formula
+    ARGUMENTS    optional: arguments that differ from the spec's
+
+Backends of this package come as providers by themselves (`stellar_fast.cpu`, ...). `benchmarks/operators.py` verifies
+all of them against fp64 and times what agrees.
+"""

@@ -1,0 +1,170 @@
+// Portable vectors of floats, as wide as the processor has: a kernel is a template over the width W, inlined into one function a
+// processor level, and chosen once at run time (STELLAR_FAST_BY_LEVEL). All helpers are always inlined, so that each copy is compiled for
+// its level.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace stellar_fast {
+
+#define STELLAR_FAST_INLINE inline __attribute__((always_inline))
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <int W>
+struct Vec;
+#define STELLAR_FAST_VEC(W)                                                  \
+  template <>                                                                \
+  struct Vec<W> {                                                            \
+    typedef float f32 __attribute__((vector_size(4 * W)));                   \
+    typedef int32_t i32 __attribute__((vector_size(4 * W)));                 \
+    typedef uint32_t u32 __attribute__((vector_size(4 * W)));                \
+    typedef uint16_t u16 __attribute__((vector_size(2 * W)));                \
+  }
+STELLAR_FAST_VEC(4);
+STELLAR_FAST_VEC(8);
+STELLAR_FAST_VEC(16);
+#undef STELLAR_FAST_VEC
+
+template <int W>
+using f32v = typename Vec<W>::f32;
+template <int W>
+using i32v = typename Vec<W>::i32;
+
+template <int W>
+STELLAR_FAST_INLINE f32v<W> load(const float *p) {
+  f32v<W> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <int W>
+STELLAR_FAST_INLINE f32v<W> load(const bfloat16 *p) {
+  typename Vec<W>::u16 half;
+  std::memcpy(&half, p, sizeof half);
+  return (f32v<W>)(__builtin_convertvector(half, typename Vec<W>::u32) << 16);
+}
+
+template <int W>
+STELLAR_FAST_INLINE void store(float *p, f32v<W> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// Rounds to nearest, ties to even; a NaN stays a NaN.
+template <int W>
+STELLAR_FAST_INLINE void store(bfloat16 *p, f32v<W> v) {
+  typedef typename Vec<W>::u32 u32;
+  u32 bits = (u32)v;
+  u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  u32 nan = (u32)(v != v);
+  typename Vec<W>::u16 half = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), typename Vec<W>::u16);
+  std::memcpy(p, &half, sizeof half);
+}
+
+STELLAR_FAST_INLINE float to_float(float x) { return x; }
+STELLAR_FAST_INLINE float to_float(bfloat16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+STELLAR_FAST_INLINE void from_float(float *p, float x) { *p = x; }
+STELLAR_FAST_INLINE void from_float(bfloat16 *p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  p->bits = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <int W>
+STELLAR_FAST_INLINE f32v<W> select(i32v<W> mask, f32v<W> a, f32v<W> b) {
+  return (f32v<W>)((mask & (i32v<W>)a) | (~mask & (i32v<W>)b));
+}
+
+template <int W>
+STELLAR_FAST_INLINE f32v<W> maximum(f32v<W> a, f32v<W> b) {
+  return a > b ? a : b;
+}
+
+// Lane i gets lane i ^ step.
+template <int W>
+STELLAR_FAST_INLINE f32v<W> swap_lanes(f32v<W> v, int step) {
+  i32v<W> from;
+  for (int i = 0; i < W; ++i) from[i] = i ^ step;
+  return __builtin_shuffle(v, from);
+}
+
+template <int W>
+STELLAR_FAST_INLINE float sum(f32v<W> v) {
+  if (W > 8) v += swap_lanes<W>(v, 8);
+  if (W > 4) v += swap_lanes<W>(v, 4);
+  v += swap_lanes<W>(v, 2);
+  v += swap_lanes<W>(v, 1);
+  return v[0];
+}
+
+template <int W>
+STELLAR_FAST_INLINE float maximum_of(f32v<W> v) {
+  if (W > 8) v = maximum<W>(v, swap_lanes<W>(v, 8));
+  if (W > 4) v = maximum<W>(v, swap_lanes<W>(v, 4));
+  v = maximum<W>(v, swap_lanes<W>(v, 2));
+  v = maximum<W>(v, swap_lanes<W>(v, 1));
+  return v[0];
+}
+
+// exp for x <= 88.7 within 2 units in the last place; below -87.3, where the result leaves the normal floats, zero.
+template <int W>
+STELLAR_FAST_INLINE f32v<W> exp(f32v<W> x) {
+  typedef f32v<W> F;
+  typedef i32v<W> I;
+  const I tiny = x < -87.3f;
+  x = select<W>(tiny, F{}, x);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  F shifted = x * 1.44269504f + magic;
+  I n = (I)shifted - 0x4b400000;
+  F k = shifted - magic;
+  F r = x - k * 0.693145752f;
+  r = r - k * 1.42860677e-6f;
+  F p = r * 1.98412698e-4f + 1.38888889e-3f;
+  p = p * r + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r;
+  F scale = (F)((n + 127) << 23);
+  F out = p * scale + scale;
+  return select<W>(tiny, F{}, out);
+}
+
+// Level of this processor: 4 (AVX-512), 3 (AVX2 and FMA), else 1.
+inline int processor_level() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+  static const int level = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 1;
+  return level;
+#else
+  return 1;
+#endif
+}
+
+// STELLAR_FAST_BY_LEVEL(name, (parameters), (arguments)) defines `name`, which runs the template `name_body<W>` compiled for the processor's
+// level: W = 16 floats with AVX-512, 8 with AVX2, else 4.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define STELLAR_FAST_BY_LEVEL(name, parameters, arguments)                                                  \
+  __attribute__((target("arch=x86-64-v4,prefer-vector-width=512"))) static void name##_v4 parameters {     \
+    name##_body<16> arguments;                                                                              \
+  }                                                                                                         \
+  __attribute__((target("arch=x86-64-v3"))) static void name##_v3 parameters { name##_body<8> arguments; } \
+  static void name##_v1 parameters { name##_body<4> arguments; }                                            \
+  static void name parameters {                                                                             \
+    const int level = processor_level();                                                                    \
+    level == 4 ? name##_v4 arguments : level == 3 ? name##_v3 arguments : name##_v1 arguments;              \
+  }
+#else
+#define STELLAR_FAST_BY_LEVEL(name, parameters, arguments) \
+  static void name parameters { name##_body<4> arguments; }
+#endif
+
+}  // namespace stellar_fast

@@ -1,0 +1,29 @@
+"""sinkhorn for tests and benchmarks. R rows (tokens), C columns (prototypes)."""
+
+import torch
+from torch import Tensor
+
+from stellar_fast.kernels.sinkhorn import reference
+from stellar_fast.registry import OpSpec, Shape, by_argument, draw
+
+
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Cosines as logits."""
+    return {"logits": (0.1 * draw(generator, shape["R"], shape["C"], dtype=torch.float64, device=device)).to(dtype)}
+
+
+SPEC = OpSpec(
+    name="sinkhorn",
+    public="sinkhorn_knopp",
+    shapes={
+        "small": {"R": 12, "C": 20},
+        "b16": {"R": 1024, "C": 16384},
+    },
+    odd_shapes=({"R": 1, "C": 1}, {"R": 1, "C": 37}, {"R": 67, "C": 3}),
+    make_inputs=make_inputs,
+    reference=by_argument(reference.sinkhorn_knopp),
+    flops=lambda s: 14.0 * s["R"] * s["C"],  # an exponential, and three rounds of two sums and two scalings
+    bytes=lambda s, itemsize: float((itemsize + 4) * s["R"] * s["C"]),
+)

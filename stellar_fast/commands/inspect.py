@@ -1,0 +1,72 @@
+"""`stellar-fast inspect`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from stellar_fast.commands.console import console
+
+if TYPE_CHECKING:
+    from stellar_fast.aot import Figures
+
+
+def inspect(
+    ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators; none: all.")] = None,
+    arch: Annotated[str, typer.Option(help="GPU generations, with commas between.")] = "sm_80,sm_90,sm_100",
+    every_shape: Annotated[
+        bool, typer.Option("--all", help="Every named shape in every dtype; otherwise b16 in bf16 and fp32.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a kernel and architecture.")] = False,
+) -> None:
+    """Compile Triton kernels ahead of time, without a GPU: registers, shared memory, spills, instructions, occupancy.
+
+    The exit code is 1 where a kernel spills registers, multiplies 16-bit matrices without tensor cores, or takes more
+    shared memory than the GPU has.
+
+    Example: [cyan]stellar-fast inspect lowrank_product --arch sm_90[/]
+    """
+    from stellar_fast import aot
+
+    figures = aot.inspect(ops or (), [name.strip() for name in arch.split(",")], every_shape)
+    if as_json:
+        print(json.dumps([asdict(row) for row in figures], indent=1))
+    else:
+        _show(figures)
+    if any(row.problems for row in figures):
+        raise SystemExit(1)
+
+
+def _show(figures: Sequence[Figures]) -> None:
+    names = ("registers", "shared KiB", "spills", "tensor cores", "128-bit loads", "occupancy")
+    for op, rows in groupby(figures, key=lambda row: row.op):
+        table = Table(title=op, title_justify="left")
+        table.add_column("kernel", no_wrap=True)
+        for name in ("shape", "dtype", "arch", *names):
+            table.add_column(name)
+        for _, section in groupby(rows, key=lambda row: (row.shape, row.dtype, row.arch)):
+            for row in section:
+                cores = " ".join(f"{name} {count}" for name, count in row.tensor_core.items())
+                numbers = (
+                    str(row.registers),
+                    f"{row.shared_bytes / 1024:.1f}",
+                    str(row.spills),
+                    cores or "-",
+                    f"{row.loads_128} of {row.loads}",
+                    f"{row.occupancy:.0%}",
+                )
+                style = "red" if row.problems else None
+                table.add_row(row.kernel, row.shape, row.dtype, row.arch, *numbers, style=style)
+            table.add_section()
+        console.print(table)
+    for row in figures:
+        for problem in row.problems:
+            where = escape(f"{row.kernel} {row.shape} {row.dtype} {row.arch} ({row.config})")
+            console.print(f"[red]{where}: {problem}[/]", soft_wrap=True, highlight=False)

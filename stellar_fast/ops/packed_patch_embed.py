@@ -1,0 +1,161 @@
+"""packed_patch_embed: the tokens of several views, from the pixels of the kept patches alone.
+
+N images of a view, P patches of its grid, D width, K sparse tokens, T rows of all sequences.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stellar_fast import backend
+from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.packed_patch_embed import reference
+from stellar_fast.ops.checks import check_shapes
+from stellar_fast.ops.linear import linear
+
+RANGE_SLACK = 1e-3  # resizing overshoots by rounding; what is normalised or up to 255 is far beyond
+
+
+def check_images(images: Tensor, patch_size: int, name: str = "images", values: bool = True) -> None:
+    """Raise ValueError unless `images` is (N, 3, H, W), uint8 or floating in [0, 1], of at least one patch.
+
+    With `values` they are read on a CPU; on CUDA, where reading waits for the device, only under STELLAR_FAST_CHECK=1.
+    """
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"{name} must be (B, 3, H, W) but has shape {tuple(images.shape)}")
+    if min(images.shape[-2:]) < patch_size:
+        raise ValueError(
+            f"{name} of {images.shape[-2]}x{images.shape[-1]} pixels hold no patch of {patch_size}x{patch_size}"
+        )
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be uint8 or floating point in [0, 1] but is {images.dtype}")
+    if values and images.numel() and _values_are_checked(images):
+        low, high = (bound.item() for bound in torch.aminmax(images.detach()))
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+            raise ValueError(f"{name} must lie in [0, 1] but span [{low:.6g}, {high:.6g}]; do not normalise them")
+
+
+def check_keep_indices(keep_indices: Tensor, num_images: int, num_patches: int) -> None:
+    """Raise ValueError unless `keep_indices` is (num_images, kept) int64 with patches of the image; values as above."""
+    shape = tuple(keep_indices.shape)
+    if len(shape) != 2 or shape[0] != num_images or not 1 <= shape[1] <= num_patches:
+        raise ValueError(f"keep_indices must be ({num_images}, 1 to {num_patches}) but has shape {shape}")
+    if keep_indices.dtype != torch.int64:
+        raise ValueError(f"keep_indices must be torch.int64 but is {keep_indices.dtype}")
+    if keep_indices.numel() and _values_are_checked(keep_indices):
+        low, high = (bound.item() for bound in torch.aminmax(keep_indices))
+        if low < 0 or high >= num_patches:
+            raise ValueError(f"keep_indices span [{low}, {high}] but the image has {num_patches} patches")
+
+
+def to_unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images as floating point in [0, 1], from that or from uint8."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
+def _values_are_checked(tensor: Tensor) -> bool:
+    readable = tensor.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1"
+    return readable and not torch.compiler.is_compiling()
+
+
+def packed_patch_embed(
+    images: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    positions: Sequence[Tensor],
+    cls_token: Tensor,
+    sparse_tokens: Tensor,
+    *,
+    mean: Tensor,
+    std: Tensor,
+    keep_indices: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Sequences [CLS, kept patches, sparse tokens] of all images of all views, one after another.
+
+    Args:
+        images: of each view (N, 3, H, W), uint8 or floating in [0, 1]; a remainder of the patch size is ignored.
+        weight: (D, 3, p, q) of the patch projection.
+        bias: (D,).
+        positions: of each view (1 + P, D): of CLS, then of its P = (H // p) (W // q) patches in row order.
+        cls_token: (D,).
+        sparse_tokens: (K, D).
+        mean: (3,) of the colours.
+        std: (3,) of the colours, folded into the projection with `mean`.
+        keep_indices: of each view (N, kept) int64 patches that stay, or None for all.
+
+    Returns:
+        (T, D) of the dtype that positions and tokens have, sum over views of N (1 + kept + K) rows; the projection runs
+        in the autocast dtype. Gradients for everything but uint8 images. Backends: `torch` (gathers the kept pixels,
+        one `linear` for all views), `reference` (fp32).
+
+    Raises:
+        ValueError: shapes that do not fit together, images out of range, patches that the image does not have.
+
+    Source: MAE (arXiv 2111.06377) for embedding what is kept; STELLAR (arXiv 2602.01905) for the sequence.
+    """
+    sizes = check_shapes(
+        weight=(weight, "DCpq"), bias=(bias, "D"), cls_token=(cls_token, "D"), sparse_tokens=(sparse_tokens, "KD")
+    )
+    check_shapes(mean=(mean, "C"), std=(std, "C"), weight=(weight, "DCpq"))
+    keep_indices = [None] * len(images) if keep_indices is None else keep_indices
+    if not len(images) == len(positions) == len(keep_indices):
+        raise ValueError(
+            f"there are {len(images)} images, {len(positions)} positions and {len(keep_indices)} keep_indices"
+        )
+    patch = sizes["p"], sizes["q"]
+    for view, position, keep in zip(images, positions, keep_indices, strict=True):
+        check_images(view, max(patch))
+        num_patches = (view.shape[-2] // patch[0]) * (view.shape[-1] // patch[1])
+        if tuple(position.shape) != (1 + num_patches, sizes["D"]):
+            raise ValueError(f"positions must be {(1 + num_patches, sizes['D'])} but has shape {tuple(position.shape)}")
+        if keep is not None:
+            check_keep_indices(keep, view.shape[0], num_patches)
+    if backend.pick("packed_patch_embed", weight.device.type) == "reference":
+        out = reference.packed_patch_embed(
+            images, weight, bias, positions, cls_token, sparse_tokens, mean=mean, std=std, keep_indices=keep_indices
+        )
+        return out.to(torch.promote_types(sparse_tokens.dtype, positions[0].dtype))
+
+    dtype = at_least_fp32(weight).dtype
+    pixels = [_kept_pixels(view, keep, patch, dtype) for view, keep in zip(images, keep_indices, strict=True)]
+    counts = [p.shape[0] * p.shape[1] for p in pixels]
+    patches = _project(torch.cat([p.flatten(0, 1) for p in pixels]), weight, bias, mean, std)
+    sequences = []
+    for rows, p, position, keep in zip(patches.split(counts), pixels, positions, keep_indices, strict=True):
+        N, kept = p.shape[:2]
+        place = position[1:] if keep is None else position[1:][keep]
+        cls = (cls_token + position[0]).expand(N, 1, -1)
+        sparse = sparse_tokens.expand(N, -1, -1)
+        sequences.append(torch.cat((cls, rows.view(N, kept, rows.shape[1]) + place, sparse), dim=1).flatten(0, 1))
+    return torch.cat(sequences)
+
+
+def _project(pixels: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Patches (R, D) of pixels (R, 3, p, q) in [0, 1], with the colours normalised."""
+    device = pixels.device.type
+    reduced = torch.is_autocast_enabled(device) or weight.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(device, enabled=False):
+        if reduced:  # 16 bits hold little of a pixel before its mean is gone: folded, gradients were 3 times as far off
+            pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+            folded, shift = weight, bias
+        else:
+            folded = weight / std[:, None, None]
+            shift = bias - (folded * mean[:, None, None]).sum(dim=(1, 2, 3))
+    rows = pixels.flatten(1)
+    return linear(rows if torch.is_autocast_enabled(device) else rows.to(weight.dtype), folded.flatten(1), shift)
+
+
+def _kept_pixels(images: Tensor, keep: Tensor | None, patch: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Pixels of the kept patches in [0, 1], (N, kept, 3, p, q)."""
+    N, _, H, W = images.shape
+    height, width = H // patch[0], W // patch[1]
+    whole = images[..., : height * patch[0], : width * patch[1]]
+    grid = whole.unflatten(3, (width, patch[1])).unflatten(2, (height, patch[0])).permute(0, 2, 4, 1, 3, 5)
+    if keep is None:
+        return to_unit_range(grid.reshape(N, height * width, 3, *patch), dtype)
+    image = torch.arange(N, device=keep.device)[:, None]
+    return to_unit_range(grid[image, keep // width, keep % width], dtype)
