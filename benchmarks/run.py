@@ -3,6 +3,7 @@
     python benchmarks/run.py                                    encode and one training step of b16, then the operators
     python benchmarks/run.py --suite step --dtype fp32 --rounds 15
     python benchmarks/run.py --suite ops --op lowrank_product,token_attention --op-shape all
+    python benchmarks/run.py --suite scaling --dtype fp32       how this package's cost grows, with exponents
     python benchmarks/run.py --device cuda --dtype bf16 --batch 32
 
 Prints tables and appends their rows to benchmarks/results/ (columns: benchmarks/measure.py). A provider whose results
@@ -22,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script: th
 
 from benchmarks import measure, operators, shapes
 from benchmarks.measure import DTYPES, Row
-from benchmarks.model import encode, step
+from benchmarks.model import encode, scaling, step
 from benchmarks.model.pair import Case
 from stellar_fast import backend
 from stellar_fast.registry import load
@@ -31,8 +32,10 @@ MODEL_SUITES: dict[str, tuple[Callable[..., Case], int]] = {
     "encode": (encode.build_case, shapes.ENCODE_BATCH),
     "step": (step.build_case, shapes.STEP_BATCH),
 }
-SUITES = (*MODEL_SUITES, "ops")
-PROVIDERS = ("plain", "stellar_fast")
+DEFAULT_SUITES = (*MODEL_SUITES, "ops")
+SUITES = (*DEFAULT_SUITES, "scaling")
+PROVIDERS = ("plain", "plain_compiled", "stellar_fast")
+SCALING_ROUNDS = 3
 OPS_SHARE = 0.15  # of the budget, where the models run too
 
 
@@ -49,7 +52,7 @@ class Plan:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--suite", type=_choices("suite", SUITES), default=list(SUITES), help="default: encode,step,ops"
+        "--suite", type=_choices("suite", SUITES), default=list(DEFAULT_SUITES), help="default: encode,step,ops"
     )
     parser.add_argument("--preset", default="b16", help="sizes of the model (default: b16)")
     parser.add_argument("--dtype", type=_choices("dtype", DTYPES), default=list(DTYPES), help="default: fp32,bf16")
@@ -73,8 +76,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--providers",
         type=_choices("provider", PROVIDERS),
-        default=list(PROVIDERS),
-        help="of the models (default: all; plain runs in any case)",
+        default=["plain", "stellar_fast"],
+        help=f"of the models, of {', '.join(PROVIDERS)} (default: plain,stellar_fast; plain runs in any case)",
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files")
     options = parser.parse_args(arguments)
@@ -252,6 +255,64 @@ def time_case(
     return rows
 
 
+def run_scaling(options: argparse.Namespace, facts: dict, copy_gb_per_s: float) -> list[Row]:
+    """Print each series with its exponent; the rows have no ratio, for plain is not run."""
+    device = torch.device(options.device)
+    timer, nothing, rows = measure.timer_for(device), float("nan"), []
+    for dtype in options.dtype:
+        gemm = measure.gemm_gflop_per_s(DTYPES[dtype], device, timer)
+        rounds = options.rounds or SCALING_ROUNDS
+        found = scaling.measure_all(options.shape, DTYPES[dtype], device, rounds, timer, say)
+        for series in dict.fromkeys(point.series for point, _ in found):
+            lines = [(point, time_ms) for point, time_ms in found if point.series == series]
+            grows = scaling.exponent([point.x for point, _ in lines], [time_ms.median for _, time_ms in lines])
+            _print_table(
+                f"{series}, {dtype}: time grows with exponent {grows:.2f}",
+                [
+                    {
+                        series.split(", ")[1]: str(point.x),
+                        "median ms": _ms(time_ms.median),
+                        "p20 - p80": f"{_ms(time_ms.p20)} - {_ms(time_ms.p80)}",
+                        "ms an image": _ms(time_ms.median / point.batch),
+                        "GFLOP/s": f"{point.flops / time_ms.median / 1e6:.0f}",
+                    }
+                    for point, time_ms in lines
+                ],
+            )
+        for point, time_ms in found:
+            gflop_per_s = point.flops / time_ms.median / 1e6
+            rows.append(
+                Row(
+                    **facts,
+                    suite="scaling",
+                    op="",
+                    direction=point.series,
+                    provider="stellar_fast",
+                    preset=options.shape.preset,
+                    shape=point.shape.describe(point.batch, step=point.series.startswith("step")),
+                    batch=point.batch,
+                    dtype=dtype,
+                    rounds=rounds,
+                    median_ms=time_ms.median,
+                    p20_ms=time_ms.p20,
+                    p80_ms=time_ms.p80,
+                    ratio=nothing,
+                    ratio_p20=nothing,
+                    ratio_p80=nothing,
+                    flops=point.flops,
+                    bytes=0,
+                    gflop_per_s=gflop_per_s,
+                    gemm_gflop_per_s=gemm,
+                    gemm_share=gflop_per_s / gemm,
+                    gb_per_s=nothing,
+                    copy_gb_per_s=copy_gb_per_s,
+                    peak_extra_mib=None,
+                    worst_check=nothing,
+                )
+            )
+    return rows
+
+
 def say(text: str, end: str = "\n") -> None:
     """Progress on stderr: stdout holds the table alone."""
     print(text, end=end, file=sys.stderr, flush=True)
@@ -329,6 +390,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found, failed = run_plan(options, planned, facts, copy_gb_per_s, gemm, now + (end - now) * share)
         rows, wrong = rows + found, wrong + failed
     show(rows, facts, copy_gb_per_s)
+    if "scaling" in options.suite:
+        rows += run_scaling(options, facts, copy_gb_per_s)
     if rows:
         path = measure.result_path(options.out, facts)
         measure.append_rows(path, rows)

@@ -179,6 +179,11 @@ void gelu_backward_checked(uintptr_t x, uintptr_t grad, uintptr_t grad_x, uintpt
                 threads);
 }
 
+void transpose_checked(uintptr_t in, ptrdiff_t stride, int rows, int columns, uintptr_t out, bool is_bfloat16, int threads) {
+  const py::gil_scoped_release release;
+  transpose(address<const void>(in), stride, rows, columns, address<void>(out), is_bfloat16, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -192,6 +197,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("lowrank_product_backward", &lowrank_product_backward_checked);
   module.def("gelu_forward", &gelu_forward_checked);
   module.def("gelu_backward", &gelu_backward_checked);
+  module.def("transpose", &transpose_checked);
   module.def("add_layer_norm_forward", &add_layer_norm_forward_checked);
   module.def("add_layer_norm_backward", &add_layer_norm_backward_checked);
 }

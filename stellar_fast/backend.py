@@ -38,7 +38,7 @@ DEVICES = {
 
 # The backends of each operator, fastest first.
 OPS: dict[str, tuple[str, ...]] = {
-    "add_layer_norm": ("cpu", "torch", "reference"),
+    "add_layer_norm": ("triton", "cpu", "torch", "reference"),
     "crop_resize": ("cpu", "reference"),
     "koleo": ("reference",),
     "linear": ("onednn", "torch", "reference"),

@@ -1,5 +1,7 @@
 """Encode a batch of images: all features of `encode`, no gradients."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -14,16 +16,12 @@ def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.
     """Build the providers, verify their features against fp32 plain, and return what to time."""
     plain = build_plain(shape, device).eval()
     models: dict[str, nn.Module] = {"plain": plain}
+    if "plain_compiled" in providers:
+        models["plain_compiled"] = build_plain(shape, device).eval()
+        models["plain_compiled"].encode = torch.compile(models["plain_compiled"].encode)
     if "stellar_fast" in providers:
         models["stellar_fast"] = build_stellar_fast(shape, plain).eval()
-    images = random_images(batch, shape.image_size, device, seed=1)
-
-    def encode(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        with autocast(device, dtype):
-            features = model.encode(images)
-        return {name: features[name] for name in FEATURES}
-
-    results = {name: lambda model=model: encode(model, dtype) for name, model in models.items()}
+    results = {name: encode_call(model, shape, batch, dtype, device) for name, model in models.items()}
     encoder_parameters = sum(p.numel() for p in plain.encoder.encoder.parameters())
     return Case(
         suite="encode",
@@ -32,6 +30,20 @@ def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.
         flops=encode_flops(shape, batch),
         bytes=encode_bytes(encoder_parameters, batch, shape),
         calls=dict(results),
-        checks=compare(results, lambda: encode(plain, torch.float32), dtype),
+        checks=compare(results, encode_call(plain, shape, batch, torch.float32, device), dtype),
         preset=shape.preset,
     )
+
+
+def encode_call(
+    model: nn.Module, shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], dict[str, torch.Tensor]]:
+    """Encodes the same images at every call."""
+    images = random_images(batch, shape.image_size, device, seed=1)
+
+    def encode() -> dict[str, torch.Tensor]:
+        with autocast(device, dtype):
+            features = model.encode(images)
+        return {name: features[name] for name in FEATURES}
+
+    return encode

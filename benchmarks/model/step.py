@@ -28,8 +28,29 @@ def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.
     """Build the providers, verify losses, image and every gradient against fp32 plain, and return what to time."""
     plain = build_plain(shape, device).train()
     models: dict[str, nn.Module] = {"plain": plain}
+    if "plain_compiled" in providers:
+        models["plain_compiled"] = build_plain(shape, device).train()
+        models["plain_compiled"].compile()
     if "stellar_fast" in providers:
         models["stellar_fast"] = build_stellar_fast(shape, plain).train()
+    forward = step_forward(shape, batch, device)
+    results = {name: lambda model=model: losses_and_gradients(model, forward, dtype) for name, model in models.items()}
+    checks = compare(results, lambda: losses_and_gradients(plain, forward, torch.float32), dtype)
+    return Case(
+        suite="step",
+        shape=shape.describe(batch, step=True),
+        batch=batch,
+        flops=step_flops(shape, batch),
+        bytes=step_bytes(sum(p.numel() for p in trained_parameters(plain))),
+        calls={name: training_step(model, forward, dtype) for name, model in models.items()},
+        checks=checks,
+        direction="forward+backward",
+        preset=shape.preset,
+    )
+
+
+def step_forward(shape: ModelShape, batch: int, device: torch.device) -> Forward:
+    """Predictions and total loss of a model, on the same views at every call."""
     inputs = {
         "global_views": random_images(batch * shape.num_masks, shape.image_size, device, seed=1),
         "local_views": random_images(batch * shape.num_local_crops, shape.local_size, device, seed=2),
@@ -45,19 +66,7 @@ def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.
             predictions = model(inputs, mode="train", keep_indices=keep)["predictions"]
             return predictions, model.loss(predictions)[0]
 
-    results = {name: lambda model=model: losses_and_gradients(model, forward, dtype) for name, model in models.items()}
-    checks = compare(results, lambda: losses_and_gradients(plain, forward, torch.float32), dtype)
-    return Case(
-        suite="step",
-        shape=shape.describe(batch, step=True),
-        batch=batch,
-        flops=step_flops(shape, batch),
-        bytes=step_bytes(sum(p.numel() for p in trained_parameters(plain))),
-        calls={name: training_step(model, forward, dtype) for name, model in models.items()},
-        checks=checks,
-        direction="forward+backward",
-        preset=shape.preset,
-    )
+    return forward
 
 
 def training_step(model: nn.Module, forward: Forward, dtype: torch.dtype) -> Callable[[], None]:

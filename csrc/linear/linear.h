@@ -11,4 +11,7 @@ void gelu_forward(const void *x, void *out, size_t count, bool is_bfloat16, int 
 // grad_x = grad (Phi(x) + x phi(x)), and gelu(x) again where `out` is not null, both in one pass. `grad_x` may be `grad`.
 void gelu_backward(const void *x, const void *grad, void *grad_x, void *out, size_t count, bool is_bfloat16, int threads);
 
+// out (columns x rows, dense) is the transpose of `in` (rows x columns, `stride` elements from one row to the next).
+void transpose(const void *in, ptrdiff_t stride, int rows, int columns, void *out, bool is_bfloat16, int threads);
+
 }  // namespace stellar_fast

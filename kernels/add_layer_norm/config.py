@@ -6,24 +6,30 @@ from itertools import product
 
 import torch
 
-# Programs of the backward: four on each of an H100's 132 multiprocessors, that many fit by their registers.
-ENOUGH_PROGRAMS = 512
-MOST_ELEMENTS = 64  # of a tile a thread, as fp32 in registers: the backward holds five such tiles
+# Elements of a row that a thread holds, of several tensors each: with these nothing spills on sm_80, sm_90 or sm_100
+# and about half of the warps of a multiprocessor are resident. The backward has more tensors, and its sums over rows.
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 32, 8
+# Of the backward on one multiprocessor, by its 64 to 72 registers a thread. A program keeps its sums through all of its
+# rows, so that more programs than run at once would only write more of them.
+RESIDENT_WARPS = 28
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # of an A100, an H100 and a B200
 
 
 @dataclass(frozen=True)
 class Tile:
+    """Rows that a program takes at a time, and its threads."""
+
     block_r: int
     num_warps: int
 
 
 @dataclass(frozen=True)
 class Config:
-    """`steps`: tiles that a program of the backward goes through before it writes its sums for weight and bias."""
+    """`programs`: of the backward, among which the rows are divided."""
 
     forward: Tile
     backward: Tile
-    steps: int
+    programs: int
 
 
 def padded_width(D: int) -> int:
@@ -31,40 +37,41 @@ def padded_width(D: int) -> int:
     return 1 << (D - 1).bit_length()
 
 
-def _steps(R: int, block_r: int) -> int:
-    """Up to 16, while enough programs are left: the sums then cost 2 / 64 of a row's traffic or less."""
-    steps = 16
-    while steps > 1 and R < ENOUGH_PROGRAMS * steps * block_r:
-        steps //= 2
-    return steps
+def _tile(width: int, elements: int) -> Tile:
+    """4 warps for as many rows as give each thread its elements, more warps for a wider row."""
+    return Tile(max(1, min(16, elements * 128 // width)), max(4, min(16, width // (32 * elements))))
+
+
+def _multiprocessors(device: torch.device | str) -> int:
+    if str(device).startswith("cuda") and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return MULTIPROCESSORS.get(str(device), MULTIPROCESSORS["sm_90"])
 
 
 def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device | str) -> Config:
-    """A row a warp up to 1,024 wide, so that its sums need no barrier; then as many warps as keep it in registers.
-
-    Neither `dtype` nor `device` makes a difference: registers hold fp32, and there is no shared memory to speak of.
-    """
+    """`dtype` makes no difference: registers hold fp32, and there is no shared memory to speak of."""
     width = padded_width(shape["D"])
-    tile = Tile(4, 4) if width <= 1024 else Tile(1, max(4, min(16, width // 1024)))
-    return Config(tile, tile, _steps(shape["R"], tile.block_r))
+    backward = _tile(width, BACKWARD_ELEMENTS)
+    programs = _multiprocessors(device) * -(-RESIDENT_WARPS // backward.num_warps)
+    return Config(_tile(width, FORWARD_ELEMENTS), backward, programs)
 
 
 def candidates(shape: Mapping[str, int], dtype: torch.dtype) -> Iterator[Config]:
     """The heuristic's, then others of the forward alone and of the backward alone: their times do not interact."""
     start = heuristic(shape, dtype, "cuda")
     tiles = [Tile(*knobs) for knobs in product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16))]
-    found = [start, *(Config(tile, start.backward, start.steps) for tile in tiles)]
-    found += [Config(start.forward, tile, steps) for tile, steps in product(tiles, (1, 4, 16, 64))]
+    found = [start, *(Config(tile, start.backward, start.programs) for tile in tiles)]
+    found += [Config(start.forward, tile, scale * start.programs // 2) for tile, scale in product(tiles, (1, 2, 4, 8))]
     yield from (config for config in dict.fromkeys(found) if is_valid(config, shape, dtype))
 
 
 def is_valid(config: Config, shape: Mapping[str, int], dtype: torch.dtype) -> bool:
-    """Whether the kernels compile, and their tiles fit in registers."""
+    """Whether the kernels compile, and their tiles probably fit in registers (any width does with 16 warps a row)."""
     width = padded_width(shape["D"])
-    return config.steps >= 1 and all(
+    return config.programs >= 1 and all(
         tile.block_r >= 1
         and tile.block_r & (tile.block_r - 1) == 0
         and tile.num_warps in (1, 2, 4, 8, 16)
-        and (tile.block_r * width <= MOST_ELEMENTS * 32 * tile.num_warps or tile == Tile(1, 16))
-        for tile in (config.forward, config.backward)
+        and (tile.block_r * width <= 2 * elements * 32 * tile.num_warps or tile == Tile(1, 16))
+        for tile, elements in ((config.forward, FORWARD_ELEMENTS), (config.backward, BACKWARD_ELEMENTS))
     )

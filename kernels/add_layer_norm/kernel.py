@@ -69,19 +69,19 @@ def _backward_kernel(
     total_stride,
     R,
     D: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     d = tl.arange(0, BLOCK_D)
     d_mask = d < D
     weight = tl.load(weight_ptr + d, mask=d_mask, other=0.0).to(tl.float32)
     # summed over rows only at the end: until then every warp has its own
     weight_sums = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     bias_sums = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for step in range(STEPS):
-        row = (program * STEPS + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row = program * BLOCK_R
+    while first_row < R:
+        row = first_row + tl.arange(0, BLOCK_R)
         row_mask = row < R
         mask = row_mask[:, None] & d_mask[None, :]
         grad_normed = tl.load(grad_normed_ptr + row[:, None] * grad_normed_stride + d[None, :], mask=mask, other=0.0)
@@ -100,6 +100,7 @@ def _backward_kernel(
         tl.store(grad_ptr + row[:, None] * D + d[None, :], grad, mask=mask)
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + row[:, None] * D + d[None, :], grad, mask=mask)
+        first_row += programs * BLOCK_R
     tl.store(weight_sums_ptr + program * D + d, tl.sum(weight_sums, 0), mask=d_mask)
     tl.store(bias_sums_ptr + program * D + d, tl.sum(bias_sums, 0), mask=d_mask)
 
@@ -160,7 +161,7 @@ def launch_add_layer_norm_bwd(
     (R, D), tile = total.shape, config.backward
     grad = total.new_empty(R, D)
     grad_x = total.new_empty((R, D) if x_dtype != total.dtype else 0, dtype=x_dtype)
-    programs = triton.cdiv(R, tile.block_r * config.steps)
+    programs = min(triton.cdiv(R, tile.block_r), config.programs)
     weight_sums, bias_sums = (total.new_empty(programs, D, dtype=torch.float32) for _ in range(2))
     launch(
         _backward_kernel,
@@ -180,7 +181,6 @@ def launch_add_layer_norm_bwd(
         total.stride(0),
         R,
         D=D,
-        STEPS=config.steps,
         BLOCK_R=tile.block_r,
         BLOCK_D=padded_width(D),
         num_warps=tile.num_warps,

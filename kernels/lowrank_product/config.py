@@ -78,8 +78,8 @@ def candidates(shape: Mapping[str, int], dtype: torch.dtype) -> Iterator[Config]
     """The heuristic's, then others of the forward alone and of the backward alone: their times do not interact."""
     start = heuristic(shape, dtype, "cuda")
     found = [start]
-    for knobs in product((64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-        found.append(replace(start, forward=_fitted(Tile(*knobs), shape)))
+    for tile in product((64, 128), (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
+        found.append(replace(start, forward=_fitted(Tile(*tile), shape)))
     for *knobs, splits in product((64,), (64, 128), (64, 128), (4, 8), (2, 4), (1, 2, 4, 8)):
         found.append(replace(start, backward=_fitted(Tile(*knobs), shape), splits=splits))
     yield from (config for config in dict.fromkeys(found) if is_valid(config, shape, dtype))

@@ -3,8 +3,7 @@
 Shape letters: Lq and Lk, the longest sequence of queries and of keys; d, the width of a head.
 
 Registers here are those of ahead-of-time compiles (triton 3.6 and 3.9 for sm_80, sm_90 and sm_100; a thread has at most
-255): no default spills. Traffic is
-counted, not measured: nothing has been timed on a GPU yet.
+255): no default spills at lengths of 53 and more. Traffic is counted, not measured: nothing was timed on a GPU yet.
 """
 
 import itertools
@@ -121,7 +120,9 @@ def is_valid(config: Config, shape: Shape, dtype: torch.dtype) -> bool:
     return True
 
 
-def runs(groups: Sequence[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, device: torch.device | str):
+def runs(
+    groups: Sequence[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, device: torch.device | str
+) -> list[tuple[int, int, int, int]]:
     """Split a mixed batch into launches: runs of neighbouring groups that take the same tiles.
 
     A launch pays for its longest sequence: in one for lengths 213, 56 and 53 the short ones would run through the

@@ -24,24 +24,24 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # A row's maximum before its first key: below every score, and finite, so that -inf less it is no NaN.
 LOWEST = tl.constexpr(-3.0e38)
 
-# One compilation serves every maximal length, and slices of cu_seqlens, which are not aligned.
+# One compilation serves every number of rows, and slices of cu_seqlens, which are not aligned.
 _jit = triton.jit(
-    do_not_specialize=["max_length_q", "max_length_k", "lse_head", "delta_head"],
+    do_not_specialize=["lse_head", "delta_head"],
     do_not_specialize_on_alignment=["cu_seqlens_q", "cu_seqlens_k"],
 )
 
 
 @triton.jit
 def _sequence(cu_seqlens, index):
-    """First row, in 64 bits since strides multiply it, and length."""
+    """First row, in 64 bits since strides multiply it (as heads are), and length."""
     first = tl.load(cu_seqlens + index)
     return first.to(tl.int64), tl.load(cu_seqlens + index + 1) - first
 
 
 @triton.jit
-def _loop_end(length, max_length):
-    # the interpreter of triton 3.6 takes no loaded number as the end of a loop; tiles beyond the length change nothing
-    return max_length if INTERPRETED else length
+def _loop_end(length, LONGEST: tl.constexpr):
+    # triton 3.6's interpreter wants a constant: the longest length, since tiles of nothing change nothing
+    return LONGEST if INTERPRETED else length
 
 
 @triton.jit
@@ -77,13 +77,13 @@ def _load_rows(base, first, length, BLOCK: tl.constexpr):
 def token_attention_fwd(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, lse_head,
-    tiles, max_length_k, scale_log2,
+    tiles, scale_log2,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr, LONGEST_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries against all keys: by online softmax, or at once where the keys are one tile."""
     tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % HEADS
+    head = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
     sequence = tl.program_id(0) // tiles // HEADS
     first_q, length_q = _sequence(cu_seqlens_q, sequence)
     start_q = tile * BLOCK_Q
@@ -100,7 +100,7 @@ def token_attention_fwd(
     peak_Q = tl.full((BLOCK_Q,), LOWEST, tl.float32)
     total_Q = tl.zeros((BLOCK_Q,), tl.float32)
     acc_QD = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for start in range(0, BLOCK_K if ONE_TILE else _loop_end(length_k, max_length_k), BLOCK_K):
+    for start in range(0, BLOCK_K if ONE_TILE else _loop_end(length_k, LONGEST_K), BLOCK_K):
         k_KD = _load(k, k_row, start, length_k, BLOCK_K, D, BLOCK_D)
         v_KD = _load(v, v_row, start, length_k, BLOCK_K, D, BLOCK_D)
         valid_K = start + tl.arange(0, BLOCK_K) < length_k
@@ -133,16 +133,16 @@ def token_attention_bwd_whole(
     grad_out, q, k, v, lse, grad_q, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k,
     grad_out_row, grad_out_head, q_row, q_head, k_row, k_head, v_row, v_head,
     grad_q_row, grad_q_head, grad_k_row, grad_k_head, grad_v_row, grad_v_head, lse_head,
-    max_length_q, scale,
+    scale,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ONE_TILE: tl.constexpr, LONGEST_Q: tl.constexpr,
 ):  # fmt: skip
     """All three gradients where the keys are one tile: every input read once, every gradient written once.
 
     With all of a row's keys here, rowsum(P dP) serves for what is usually taken as rowsum(dO O), so `out` is not read.
     Its error is 2^-24 |lse|, that of a 16-bit `out` 2^-12 or more; fp32 is better off with `out`, in the kernels below.
     """
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
     sequence = tl.program_id(0) // HEADS
     first_q, length_q = _sequence(cu_seqlens_q, sequence)
     first_k, length_k = _sequence(cu_seqlens_k, sequence)
@@ -160,7 +160,7 @@ def token_attention_bwd_whole(
     valid_K = tl.arange(0, BLOCK_K) < length_k
     dk_KD = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv_KD = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-    for start in range(0, BLOCK_Q if ONE_TILE else _loop_end(length_q, max_length_q), BLOCK_Q):
+    for start in range(0, BLOCK_Q if ONE_TILE else _loop_end(length_q, LONGEST_Q), BLOCK_Q):
         q_QD = _load(q, q_row, start, length_q, BLOCK_Q, D, BLOCK_D)
         do_QD = _load(grad_out, grad_out_row, start, length_q, BLOCK_Q, D, BLOCK_D)
         p_KQ = _probabilities(k_KD, q_QD, _load_rows(lse, start, length_q, BLOCK_Q), valid_K, scale * LOG2_E)
@@ -185,7 +185,7 @@ def token_attention_bwd_delta(
 ):  # fmt: skip
     """rowsum(dO O) of one tile of queries: taken in the next kernel, it costs 60 registers and a third tile to load."""
     start = tl.program_id(0) % tiles * BLOCK
-    head = tl.program_id(0) // tiles % HEADS
+    head = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
     first, length = _sequence(cu_seqlens_q, tl.program_id(0) // tiles // HEADS)
     if start >= length:
         return
@@ -202,15 +202,16 @@ def token_attention_bwd_tiled(
     grad_out, q, k, v, lse, delta, grad_q, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k,
     grad_out_row, grad_out_head, q_row, q_head, k_row, k_head, v_row, v_head,
     grad_q_row, grad_q_head, grad_k_row, grad_k_head, grad_v_row, grad_v_head, lse_head,
-    tiles, max_length_q, max_length_k, scale,
+    tiles, scale,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    LONGEST_Q: tl.constexpr, LONGEST_K: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of a tile of keys, then grad_q of the tile of queries in the same place.
 
     One launch for both: the programs of a sequence run beside each other, so what they share comes from the cache.
     """
     tile = tl.program_id(0) % tiles
-    head = tl.program_id(0) // tiles % HEADS
+    head = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
     sequence = tl.program_id(0) // tiles // HEADS
     first_q, length_q = _sequence(cu_seqlens_q, sequence)
     first_k, length_k = _sequence(cu_seqlens_k, sequence)
@@ -231,7 +232,7 @@ def token_attention_bwd_tiled(
         valid_K = first + tl.arange(0, BLOCK) < length_k
         dk_KD = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         dv_KD = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for start in range(0, _loop_end(length_q, max_length_q), STEP):
+        for start in range(0, _loop_end(length_q, LONGEST_Q), STEP):
             q_QD = _load(q, q_row, start, length_q, STEP, D, BLOCK_D)
             do_QD = _load(grad_out, grad_out_row, start, length_q, STEP, D, BLOCK_D)
             p_KQ = _probabilities(k_KD, q_QD, _load_rows(lse, start, length_q, STEP), valid_K, scale * LOG2_E)
@@ -247,7 +248,7 @@ def token_attention_bwd_tiled(
         lse_Q = _load_rows(lse, first, length_q, BLOCK) * LOG2_E
         delta_Q = _load_rows(delta, first, length_q, BLOCK)
         dq_QD = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for start in range(0, _loop_end(length_k, max_length_k), STEP):
+        for start in range(0, _loop_end(length_k, LONGEST_K), STEP):
             k_KD = _load(k, k_row, start, length_k, STEP, D, BLOCK_D)
             v_KD = _load(v, v_row, start, length_k, STEP, D, BLOCK_D)
             valid_K = start + tl.arange(0, STEP) < length_k
@@ -261,6 +262,11 @@ def token_attention_bwd_tiled(
 def _strides(*tensors: Tensor) -> list[int]:
     """Row and head stride of each; the last dimension is contiguous."""
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+def _if_interpreted(length: int) -> int:
+    """A length that no compiled kernel reads: one compilation serves all."""
+    return length if INTERPRETED.value else 0
 
 
 def launch_token_attention_fwd(
@@ -291,13 +297,14 @@ def launch_token_attention_fwd(
         token_attention_fwd,
         (tiles * heads * (len(cu_seqlens_q) - 1),),
         *(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *_strides(q, k, v, out), lse.stride(0)),
-        *(tiles, max_length_k, scale * math.log2(math.e)),
+        *(tiles, scale * math.log2(math.e)),
         HEADS=heads,
         D=head_dim,
         BLOCK_D=padded(head_dim),
         BLOCK_Q=tile.block_q,
         BLOCK_K=tile.block_k,
         ONE_TILE=max_length_k <= tile.block_k,
+        LONGEST_K=_if_interpreted(max_length_k),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -337,10 +344,11 @@ def launch_token_attention_bwd(
             token_attention_bwd_whole,
             (heads * sequences,),
             *(grad_out, q, k, v, lse, grad_q, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k),
-            *(*_strides(grad_out, q, k, v, grad_q, grad_k, grad_v), lse.stride(0), max_length_q, scale),
+            *(*_strides(grad_out, q, k, v, grad_q, grad_k, grad_v), lse.stride(0), scale),
             BLOCK_Q=tile.block_q,
             BLOCK_K=tile.block_k,
             ONE_TILE=max_length_q <= tile.block_q,
+            LONGEST_Q=_if_interpreted(max_length_q),
             **constants,
             **options,
         )
@@ -361,10 +369,11 @@ def launch_token_attention_bwd(
         token_attention_bwd_tiled,
         (tiles * heads * sequences,),
         *(grad_out, q, k, v, lse, delta, grad_q, grad_k, grad_v, cu_seqlens_q, cu_seqlens_k),
-        *(*_strides(grad_out, q, k, v, grad_q, grad_k, grad_v), lse.stride(0)),
-        *(tiles, max_length_q, max_length_k, scale),
+        *(*_strides(grad_out, q, k, v, grad_q, grad_k, grad_v), lse.stride(0), tiles, scale),
         BLOCK=tile.block_k,
         STEP=tile.block_q,
+        LONGEST_Q=_if_interpreted(max_length_q),
+        LONGEST_K=_if_interpreted(max_length_k),
         **constants,
         **options,
     )

@@ -73,10 +73,9 @@ def _backward(
         from stellar_fast.kernels.add_layer_norm import config, kernel
 
         knobs = config.heuristic(_sizes(total), grad_normed.dtype, total.device)
-        grad, grad_weight, grad_bias = kernel.launch_add_layer_norm_bwd(
-            grad_normed, grad_total, total, weight, mean, rstd, knobs
+        grad, grad_x, grad_weight, grad_bias = kernel.launch_add_layer_norm_bwd(
+            grad_normed, grad_total, total, weight, mean, rstd, x_dtype, knobs
         )
-        grad_x = grad.new_empty(0, dtype=x_dtype) if x_dtype == grad.dtype else grad.to(x_dtype)
         return grad, grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
     grad, grad_x, grad_weight, grad_bias = _empty_grads(total, weight, x_dtype)
     sums = grad.new_empty(2, *weight.shape, dtype=torch.float32)

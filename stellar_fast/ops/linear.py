@@ -3,6 +3,7 @@
 T rows, I input width, O output width.
 """
 
+import threading
 from typing import Literal
 
 import torch
@@ -19,7 +20,9 @@ Gelu = Literal["input", "output"] | None
 # saves: 2 cores of a Zen 5 do 2^20 of them in about 10 us either way.
 SMALL_PRODUCT = 1 << 20
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+SCRATCH_LIMIT = 64 * 2**20
 _OPERATOR = "linear"
+_of_thread = threading.local()
 
 
 # x (T, I). Returns (out, preactivation): what enters a GELU at the output where `keep` asks for it, else of shape (0,).
@@ -93,7 +96,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def _choose(direction: str, x: Tensor, weight: Tensor) -> config.Product:
-    return config.heuristic(direction, x.dtype, weight.shape[1], weight.shape[0])
+    return config.heuristic(direction, x.dtype, len(x), weight.shape[1], weight.shape[0])
 
 
 def product(direction: str, chosen: config.Product, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,21 +104,42 @@ def product(direction: str, chosen: config.Product, left: Tensor, right: Tensor,
     if direction == "forward":
         return F.linear(left, right, bias) if chosen.way == "matmul" else _pointwise(left, right, bias)
     if direction == "grad_input":
-        return left @ right if chosen.way == "matmul" else _pointwise(left, right.t())
+        if chosen.way == "matmul":
+            return left @ right
+        return _pointwise(left, _transposed(right) if chosen.way == "transposed" else right.t())
     slices = max(1, -(-len(left) // chosen.slice_rows)) if chosen.slice_rows else 1
     total = None
     for grad, x in zip(left.chunk(slices), right.chunk(slices), strict=True):
-        # each way gives dW in the layout of W: autograd would copy a transposed one
-        if len(grad) == 0 or chosen.way == "matmul":
-            out = grad.t() @ x
-        elif chosen.way == "pointwise":
-            out = _pointwise(grad.t(), x.t())
-        else:
-            like_weight = x.new_empty(()).expand(grad.shape[1], x.shape[1])  # asked for its shape alone
-            out, _ = torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like_weight, False)
+        out = _grad_weight(chosen.way, grad, x)
         total = out if total is None else total.add_(out)
     assert total is not None
     return total
+
+
+def _grad_weight(way: str, grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x in the layout of the weight: autograd would copy a transposed one."""
+    if len(grad) == 0 or way == "matmul":
+        return grad.t() @ x
+    if way == "pointwise":
+        return _pointwise(grad.t(), x.t())
+    if way == "transposed":
+        return _pointwise(_transposed(grad), _transposed(x))
+    if way == "half_transposed":
+        return _transposed(grad) @ x
+    like_weight = x.new_empty(()).expand(grad.shape[1], x.shape[1])  # asked for its shape alone
+    return torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like_weight, False)[0]
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """A dense copy of x^T; without the native module a view, since torch's own copy takes longer than it saves."""
+    if not native.available():
+        return x.t()
+    x = _with_dense_rows(x)
+    out = x.new_empty(x.shape[1], x.shape[0])
+    native.module().transpose(
+        x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), x.dtype == torch.bfloat16, torch.get_num_threads()
+    )
+    return out
 
 
 def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -133,12 +157,27 @@ def _gelu(x: Tensor) -> Tensor:
     return out
 
 
+def _scratch(like: Tensor) -> Tensor:
+    """Memory of a tensor's shape and dtype until the next call in this thread, kept where that is not much.
+
+    Each layer's backward needs it, and a block of this size that is freed goes back to the system each time: its page
+    faults cost more than what is computed in it (docs/log.md).
+    """
+    size = like.numel() * like.itemsize
+    if size > SCRATCH_LIMIT:
+        return torch.empty_like(like)
+    kept = getattr(_of_thread, "scratch", None)
+    if kept is None or kept.numel() < size:
+        kept = _of_thread.scratch = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(like.dtype).view(like.shape)
+
+
 def _gelu_backward(x: Tensor, grad: Tensor, again: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """(gradient of x, gelu(x) if it is wanted `again`), in one pass over memory; `in_place` of grad."""
     if not native.available():
         return torch.ops.aten.gelu_backward(grad, x), F.gelu(x) if again else x
     x, grad = x.contiguous(), grad.contiguous()
-    grad_x, out = grad if in_place else torch.empty_like(x), torch.empty_like(x) if again else x
+    grad_x, out = grad if in_place else torch.empty_like(x), _scratch(x) if again else x
     native.module().gelu_backward(
         x.data_ptr(),
         grad.data_ptr(),

@@ -10,7 +10,8 @@ from stellar_fast.backend import use_backend
 from stellar_fast.kernels.add_layer_norm.spec import SPEC
 from stellar_fast.nn.add_layer_norm import AddLayerNorm
 from stellar_fast.ops import add_layer_norm
-from tests.harness import check_op, check_registered, each_backend, each_shape
+from tests.conftest import mismatches
+from tests.harness import check_op, check_registered, each_backend, each_shape, poisoned_memory
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPE = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
@@ -165,3 +166,55 @@ def test_fp64_is_refused_by_name():
     assert add_layer_norm(**tensors)[1].dtype == torch.float64
     with use_backend(add_layer_norm="cpu"), pytest.raises(ValueError, match=r"it does not compute in torch\.float64"):
         add_layer_norm(**tensors)
+
+
+@each_backend("add_layer_norm", "triton")
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_triton_rows_in_several_rounds(backend, device, with_residual):
+    """3 programs for 9 pairs of strided rows: the sums over them are right, and the same every time."""
+    from stellar_fast.kernels.add_layer_norm.config import Config, Tile
+    from stellar_fast.kernels.add_layer_norm.kernel import launch_add_layer_norm_bwd, launch_add_layer_norm_fwd
+
+    tensors = {n: v for n, v in inputs(R=17).items() if isinstance(v, Tensor)}
+    if not with_residual:
+        del tensors["residual"]
+    doubles = {n: v.double().requires_grad_() for n, v in tensors.items()}
+    total = doubles["x"] + doubles.get("residual", 0)
+    normed = F.layer_norm(total, (40,), doubles["weight"], doubles["bias"], 1e-6)
+    along, along_total = inputs(R=17)["x"].flip(0), inputs(R=17)["residual"].flip(1)
+    ((normed * along).sum() + (total * along_total).sum()).backward()
+    expected = {"total": total.detach(), "normed": normed.detach()}
+    expected |= {n: v.grad for n, v in doubles.items() if n != "residual"}
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.cat([x, x.flip(0)], 1).to(device)[:, : x.shape[1]]
+
+    x, weight, bias = strided(tensors["x"]), tensors["weight"].to(device), tensors["bias"].to(device)
+    residual = strided(tensors["residual"]) if with_residual else None
+    tile = Tile(block_r=2, num_warps=1)
+    config = Config(tile, tile, programs=3)
+    runs = []
+    for _ in range(2):
+        with poisoned_memory():
+            total, normed, mean, rstd = launch_add_layer_norm_fwd(x, residual, weight, bias, 1e-6, FP32, config)
+            total = total if with_residual else x
+            grads = (strided(along), strided(along_total), total, weight, mean, rstd)
+            grad, grad_x, *sums = launch_add_layer_norm_bwd(*grads, FP32, config)
+        assert grad_x.shape == (0,)
+        runs.append(dict(zip(expected, (y.cpu() for y in (total, normed, grad, *sums)), strict=True)))
+    assert mismatches(runs[0], expected) == []
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in expected)
+
+
+@each_backend("add_layer_norm", "triton")
+@pytest.mark.parametrize(
+    ("x", "residual", "weight", "out"),
+    [(BF16, FP32, FP32, BF16), (FP32, BF16, BF16, FP32), (BF16, None, FP32, torch.float16)],
+    ids=["as_under_autocast", "the_other_way", "without_stream"],
+)
+def test_triton_mixed_dtypes(backend, device, x, residual, weight, out):
+    dtypes = {"x": x, "residual": residual, "weight": weight, "bias": weight}
+    given = {n: v.to(device, dtypes[n]) for n, v in inputs().items() if dtypes.get(n)}
+    given |= {"eps": 1e-6, "dtype": out} | ({"residual": None} if residual is None else {})
+    spec = dataclasses.replace(SPEC, make_inputs=lambda *_: given)
+    check_op(spec, backend, "small", BF16, device, layouts=("contiguous", "sliced"))

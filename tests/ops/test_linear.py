@@ -49,20 +49,26 @@ def test_registration(backend, device, gelu):
 
 
 @DTYPE
-@pytest.mark.parametrize("widths", [(48, 64), (64, 48)])
+@pytest.mark.parametrize("widths", [(48, 64), (64, 48), (37, 19)])
 def test_every_way_of_a_product(monkeypatch, dtype, widths):
     width, out = widths
     shape = {"R": 70, "I": width, "O": out}
-    for product in config.candidates("grad_weight", dtype):
-        sliced = config.Product(product.way, min(product.slice_rows, 32))
-        monkeypatch.setattr(config, "heuristic", lambda *_, sliced=sliced: sliced)
-        check_op("linear", "onednn", shape, dtype, slack=2.0)  # sums of slices are rounded once more
+    for direction in ("forward", "grad_input", "grad_weight"):
+        for way in config.candidates(direction, dtype):
+            sliced = config.Product(way.way, min(way.slice_rows, 32))
+            monkeypatch.setattr(
+                config,
+                "heuristic",
+                lambda d, *_, at=direction, way=sliced: way if d == at else config.Product("pointwise"),
+            )
+            check_op("linear", "onednn", shape, dtype, slack=2.0)  # slices round their sums once more
 
 
 def test_heuristic_is_a_candidate():
     for dtype in (torch.float32, torch.bfloat16):
-        for widths in ((768, 3072), (3072, 768), (768, 768)):
-            assert config.heuristic("grad_weight", dtype, *widths) in config.candidates("grad_weight", dtype)
+        for direction in ("forward", "grad_input", "grad_weight"):
+            for sizes in ((2170, 768, 3072), (2170, 3072, 768), (2170, 768, 768), (7, 5, 3)):
+                assert config.heuristic(direction, dtype, *sizes) in config.candidates(direction, dtype)
 
 
 def test_auto_takes_onednn_where_it_suits():

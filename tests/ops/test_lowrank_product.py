@@ -195,14 +195,22 @@ def test_forward_mode_is_exact():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_and_infinity_show(dtype):
-    query, key = draw(1, 20, 8, dtype=dtype), draw(1, 3, 8, seed=1, dtype=dtype)
+@pytest.mark.parametrize("P", [20, 150])
+def test_nan_and_infinity_show(dtype, P):
+    query, key = draw(1, P, 8, dtype=dtype), draw(1, 3, 8, seed=1, dtype=dtype)
     query[0, 4, 2], query[0, 11, 0] = math.nan, math.inf
-    with backends.use_backend(lowrank_product="cpu"):
-        out, _, _ = lowrank_product(query, key, key)
-    with backends.use_backend(lowrank_product="reference"):
-        expected, _, _ = lowrank_product(query, key, key)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)  # two tasks where there are patches enough
+        for name in ("cpu", "reference"):
+            with backends.use_backend(lowrank_product=name):
+                results.append(lowrank_product(query, key, key))
+    finally:
+        torch.set_num_threads(before)
+    (out, _, peak), (expected, _, expected_peak) = results
     assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any(-1).sum() == 2
+    assert peak.isnan().all() and expected_peak.isnan().all()
 
 
 @pytest.mark.parametrize(
