@@ -153,9 +153,9 @@ STELLAR_FAST_INLINE void differentiate_softmax(const LowrankBackward &c, const T
       softmax<W>(logits, K, stride, w);
       if (c.grad_localization)
         for (int k = 0; k < K; ++k) g[k] += c.grad_localization[row * K + k];
-      f32v<W> inner = {}, total = {};
-      for (int k = 0; k < stride; k += W) inner += load<W>(w + k) * load<W>(g + k);
-      inner = sum_lanes<W>(inner);
+      f32v<W> products = {}, total = {};
+      for (int k = 0; k < stride; k += W) products += load<W>(w + k) * load<W>(g + k);
+      const float inner = sum<W>(products);
       const float scale = c.query_scale[row];
       for (int k = 0; k < stride; k += W) {
         const f32v<W> grad = load<W>(w + k) * (load<W>(g + k) - inner), along = grad * load<W>(logits + k);
@@ -164,7 +164,7 @@ STELLAR_FAST_INLINE void differentiate_softmax(const LowrankBackward &c, const T
         store<W>(slope + k, grad * load<W>(factors + k) * scale);
       }
       const bool constant = c.temperature == 0 || scale >= kLowrankClampedScale;
-      block.projections[at] = constant ? 0.0f : -scale * scale * sum_lanes<W>(total)[0];
+      block.projections[at] = constant ? 0.0f : -scale * scale * sum<W>(total);
     }
   }
 }

@@ -42,39 +42,27 @@ STELLAR_FAST_INLINE void store_up_to(float *p, f32v<W> v, int count) {
   }
 }
 
-template <int W, int Step, size_t... I>
-STELLAR_FAST_INLINE f32v<W> swap_lanes(f32v<W> v, std::index_sequence<I...>) {
-  return __builtin_shufflevector(v, v, (I ^ Step)...);
-}
-
-// Sum and maximum over the lanes, in every lane.
-template <int W, int Step = W / 2>
-STELLAR_FAST_INLINE f32v<W> sum_lanes(f32v<W> v) {
-  v += swap_lanes<W, Step>(v, std::make_index_sequence<W>());
-  if constexpr (Step > 1) return sum_lanes<W, Step / 2>(v);
-  return v;
-}
-template <int W, int Step = W / 2>
-STELLAR_FAST_INLINE f32v<W> maximum_lanes(f32v<W> v) {
-  v = maximum<W>(v, swap_lanes<W, Step>(v, std::make_index_sequence<W>()));
-  if constexpr (Step > 1) return maximum_lanes<W, Step / 2>(v);
-  return v;
-}
+// Clang has no shuffle by a vector of lanes, and GCC before 12 none by constants.
+#ifdef __clang__
+#define STELLAR_FAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define STELLAR_FAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i32v<W>{__VA_ARGS__})
+#endif
 
 // Transposes W x W: each step swaps the off-diagonal halves of blocks of 2 Step x 2 Step.
-template <int W, int Step, size_t... I>
-STELLAR_FAST_INLINE void transpose_step(f32v<W> *v, std::index_sequence<I...>) {
+template <int W, int Step, int... I>
+STELLAR_FAST_INLINE void transpose_step(f32v<W> *v, std::integer_sequence<int, I...>) {
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) {
     if (i & Step) continue;
     const f32v<W> a = v[i], b = v[i + Step];
-    v[i] = __builtin_shufflevector(a, b, (I & Step ? W + (I ^ Step) : I)...);
-    v[i + Step] = __builtin_shufflevector(a, b, (I & Step ? W + I : I ^ Step)...);
+    v[i] = STELLAR_FAST_SHUFFLE(a, b, (I & Step ? W + (I ^ Step) : I)...);
+    v[i + Step] = STELLAR_FAST_SHUFFLE(a, b, (I & Step ? W + I : I ^ Step)...);
   }
 }
 template <int W, int Step = W / 2>
 STELLAR_FAST_INLINE void transpose(f32v<W> *v) {
-  transpose_step<W, Step>(v, std::make_index_sequence<W>());
+  transpose_step<W, Step>(v, std::make_integer_sequence<int, W>());
   if constexpr (Step > 1) transpose<W, Step / 2>(v);
 }
 
@@ -268,17 +256,17 @@ STELLAR_FAST_INLINE void softmax(const float *logits, int tokens, int stride, fl
   i32v<W> lane;
 #pragma GCC unroll 16
   for (int j = 0; j < W; ++j) lane[j] = j;
-  f32v<W> largest = f32v<W>{} - INFINITY;
+  f32v<W> larger = f32v<W>{} - INFINITY;
   for (int k = 0; k < stride; k += W)
-    largest = maximum<W>(largest, select<W>(lane < tokens - k, load<W>(logits + k), f32v<W>{} - INFINITY));
-  largest = maximum_lanes<W>(largest);
+    larger = maximum<W>(larger, select<W>(lane < tokens - k, load<W>(logits + k), f32v<W>{} - INFINITY));
+  const float largest = maximum_of<W>(larger);
   f32v<W> total = {};
   for (int k = 0; k < stride; k += W) {
     const f32v<W> e = select<W>(lane < tokens - k, exp<W>(load<W>(logits + k) - largest), f32v<W>{});
     total += e;
     store<W>(weights + k, e);
   }
-  const f32v<W> inverse = 1.0f / sum_lanes<W>(total);
+  const float inverse = 1.0f / sum<W>(total);
   for (int k = 0; k < stride; k += W) store<W>(weights + k, load<W>(weights + k) * inverse);
 }
 
@@ -296,7 +284,7 @@ STELLAR_FAST_INLINE float sum_of_squares(const float *row, int width) {
     const f32v<W> v = load_up_to<W>(row + i, width - i);
     sums[0] += v * v;
   }
-  return sum_lanes<W>((sums[0] + sums[1]) + (sums[2] + sums[3]))[0];
+  return sum<W>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 }  // namespace stellar_fast::lowrank

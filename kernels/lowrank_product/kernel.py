@@ -3,17 +3,19 @@
 Shapes: B images, P patches, K sparse tokens, D key width, E value width. All K tokens are in one tile. K, D and E are
 compiled in (a model has one of each), P is not.
 
-Forward: a program takes BLOCK_P patches of one image, all of D and then all of E. B=128, P=196 has 512 programs and B=8,
-P=1024 has 128: at two programs a multiprocessor, an H100 (132 of them) is busy with either.
+Forward: a program takes BLOCK_P patches of one image, all of D and then all of E. On an H100 with its 132
+multiprocessors B=128, P=196 has 512 programs, two of which run at once on each; B=8, P=1024 has 128, one on each, with
+the loads of three slices in flight.
 
 Backward: grad_value and grad_key are sums over patches, so a program takes a slice of E, or of D, and goes through the
 patches with the sum of its slice in registers. One pass reads grad_out and leaves, for each slice of E, its part of the
-gradient of the localization (K wide: a tenth of grad_out and less); a small kernel takes that through the softmax; the
-second pass reads query and writes its gradient. A single pass over tiles of patches would instead write, and read again,
-K (D + E) fp32 for every tile: at B=128, P=196, D=768, E=512 in tiles of 64 as much as 84 MB beside the 131 MB that have
-to be moved, against 15 MB this way. Few images (B=8) do divide the patches, see `splits` in config.py.
+gradient of the localization, K wide; a small kernel takes that through the softmax; the second pass reads query and
+writes its gradient. A single pass over tiles of patches would write, and read again, K (D + E) fp32 for every tile: at
+B=128, P=196, K=16, D=768, E=512 in tiles of 64 that is 84 MB beside the 140 MB that have to be moved, against 16 MB
+this way, by the shapes. Few images (B=8) do divide their patches, see `splits` in config.py.
 """
 
+import functools
 import math
 
 import torch
@@ -193,7 +195,7 @@ def _backward_value_kernel(
         )
         offsets, mask = p[:, None] * K + k[None, :], p_mask[:, None] & k_mask[None, :]
         localization = _softmax(tl.load(logits_ptr + offsets, mask=mask, other=0.0), k_mask)
-        if value.dtype == tl.bfloat16:
+        if value.dtype == tl.bfloat16:  # rounded once, for both products: what they give is rounded so as well
             grad_out = grad_out.to(tl.bfloat16)
         grad_localization = _dot(grad_out, tl.trans(value), tl.zeros((BLOCK_P, BLOCK_K), tl.float32))
         tl.store(grad_localization_ptr + offsets, grad_localization, mask=mask)
@@ -338,13 +340,11 @@ def launch_lowrank_product_fwd(
     The last dimension of the inputs is contiguous; bias is contiguous.
     """
     (B, P, D), K, E = query.shape, key.shape[1], value.shape[2]
-    device, tile = query.device, config.forward
-    out = torch.empty(B, P, E, device=device)
-    logits = torch.empty(B, P, K, device=device)
-    localization = torch.empty_like(logits) if return_localization else torch.empty(0, device=device)
-    peak = torch.zeros(B, K, device=device)
-    query_scale = torch.empty(B, P, device=device)
-    key_scale = torch.empty(B, K, device=device)
+    tile = config.forward
+    new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    out, logits, query_scale, key_scale = new(B, P, E), new(B, P, K), new(B, P), new(B, K)
+    localization = new(B, P, K) if return_localization else new(0)
+    peak = torch.zeros_like(key_scale)
     launch(
         _forward_kernel,
         (B, triton.cdiv(P, tile.block_p)),
