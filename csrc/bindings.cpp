@@ -160,12 +160,12 @@ void add_layer_norm_forward_checked(int count, int width, RowsArgument x, RowsAr
 
 void add_layer_norm_backward_checked(int count, int width, RowsArgument grad_normed, RowsArgument grad_total, RowsArgument total,
                                      uintptr_t weight, uintptr_t mean, uintptr_t rstd, uintptr_t grad, uintptr_t grad_x,
-                                     uintptr_t sums, int threads) {
+                                     uintptr_t grad_weight, uintptr_t grad_bias, int threads) {
   check(width >= 1, "width must be at least 1 but is ", width);
   const py::gil_scoped_release release;
   add_layer_norm_backward(count, width, rows(grad_normed), rows(grad_total), rows(total), address<const float>(weight),
                           address<const float>(mean), address<const float>(rstd), address<void>(grad), address<void>(grad_x),
-                          address<float>(sums), threads);
+                          address<float>(grad_weight), address<float>(grad_bias), threads);
 }
 
 void gelu_forward_checked(uintptr_t x, uintptr_t out, size_t count, bool is_bfloat16, int threads) {

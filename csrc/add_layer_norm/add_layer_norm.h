@@ -19,9 +19,9 @@ void add_layer_norm_forward(int count, int width, Rows x, Rows residual, const f
                             Rows normed, float *mean, float *rstd, int threads);
 
 // grad = grad_total (where present) + the gradient of the norm, dense in total's dtype; where `grad_x` is not null also there, as
-// bfloat16. `sums` are 2 x width floats, the gradients of weight and bias: the same for the same number of threads.
+// bfloat16. `grad_weight` and `grad_bias` (`width` floats each) are the same every time for the same number of threads.
 // total, grad and grad_total have one dtype.
 void add_layer_norm_backward(int count, int width, Rows grad_normed, Rows grad_total, Rows total, const float *weight, const float *mean,
-                             const float *rstd, void *grad, void *grad_x, float *sums, int threads);
+                             const float *rstd, void *grad, void *grad_x, float *grad_weight, float *grad_bias, int threads);
 
 }  // namespace stellar_fast

@@ -210,16 +210,19 @@ void add_layer_norm_forward(int count, int width, Rows x, Rows residual, const f
 }
 
 void add_layer_norm_backward(int count, int width, Rows grad_normed, Rows grad_total, Rows total, const float *weight, const float *mean,
-                             const float *rstd, void *grad, void *grad_x, float *sums, int threads) {
+                             const float *rstd, void *grad, void *grad_x, float *grad_weight, float *grad_bias, int threads) {
   const Backward b{width, grad_normed, grad_total, total, weight, mean, rstd, grad, grad_x};
   const size_t size = 2 * (size_t)pad(width);
   const std::unique_ptr<float[]> parts(new float[threads * size]());
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t) backward_rows(b, part(count, t, threads), part(count, t + 1, threads), &parts[t * size]);
-  std::fill(sums, sums + 2 * (size_t)width, 0.0f);
-  for (int t = 0; t < threads; ++t)
-    for (int half = 0; half < 2; ++half)
-      for (int i = 0; i < width; ++i) sums[half * width + i] += parts[t * size + half * pad(width) + i];
+  for (int i = 0; i < width; ++i) {
+    grad_weight[i] = grad_bias[i] = 0;
+    for (int t = 0; t < threads; ++t) {
+      grad_weight[i] += parts[t * size + i];
+      grad_bias[i] += parts[t * size + pad(width) + i];
+    }
+  }
 }
 
 }  // namespace stellar_fast

@@ -77,9 +77,8 @@ def _backward(
             grad_normed, grad_total, total, weight, mean, rstd, x_dtype, knobs
         )
         return grad, grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+    dtype, weight = weight.dtype, _floats(weight)
     grad, grad_x, grad_weight, grad_bias = _empty_grads(total, weight, x_dtype)
-    sums = grad.new_empty(2, *weight.shape, dtype=torch.float32)
-    weight = _floats(weight)
     native.module().add_layer_norm_backward(
         *total.shape,
         _rows(grad_normed),
@@ -90,12 +89,11 @@ def _backward(
         rstd.data_ptr(),
         grad.data_ptr(),
         grad_x.data_ptr() if grad_x.numel() else 0,
-        sums.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
         torch.get_num_threads(),
     )
-    grad_weight.copy_(sums[0])
-    grad_bias.copy_(sums[1])
-    return grad, grad_x, grad_weight, grad_bias
+    return grad, grad_x, grad_weight.to(dtype), grad_bias.to(dtype)
 
 
 @_backward.register_fake
