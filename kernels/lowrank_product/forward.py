@@ -1,8 +1,8 @@
 """The forward of lowrank_product on a GPU, and what both directions share. Letters as in kernel.py.
 
-A program takes BLOCK_P patches of one image, all of D and then all of E. On an H100 with its 132
-multiprocessors B=128, P=196 has 512 programs, two of which run at once on each; B=8, P=1024 has 128, one on each, with
-the loads of three slices in flight.
+A program takes BLOCK_P patches of one image, all of D and then all of E. On an H100 with its 132 multiprocessors B=128,
+P=196 has 512 programs, two of which run at once on each; B=8, P=1024 has 128, one on each, with the loads of three
+slices in flight.
 """
 
 import triton

@@ -242,9 +242,18 @@ def _unfit(dtypes: set[torch.dtype], multiply_adds: int) -> tuple[tuple[str, str
         reason = "it has no forward-mode derivative"
     elif len(dtypes) > 1 or not dtypes <= {*ONEDNN_DTYPES}:
         reason = f"it does not compute in {' and '.join(sorted(map(str, dtypes)))}"
+    elif torch.bfloat16 in dtypes and not _onednn_has_bf16():
+        reason = "it does not compute in torch.bfloat16 on this processor"
     elif multiply_adds < SMALL_PRODUCT and backend.requested(_OPERATOR) is None:
         reason = "the product is small"
     return (("onednn", reason),) if reason else ()
+
+
+def _onednn_has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+_onednn_has_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in backend.py
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,14 @@ def test_auto_takes_onednn_where_it_suits():
     assert not who_ran(x.double(), weight.double(), None), "fp64"
     with use_backend(linear="torch"):
         assert not who_ran(x, weight, bias)
+
+
+def test_processor_without_bf16_products(monkeypatch):
+    monkeypatch.setattr(sys.modules["stellar_fast.ops.linear"], "_onednn_has_bf16", lambda: False)
+    x, weight, _ = (t.bfloat16() for t in inputs(*LARGE))
+    assert not who_ran(x, weight)
+    with use_backend(linear="onednn"), pytest.raises(ValueError, match=r"torch\.bfloat16 on this processor"):
+        linear(x, weight)
 
 
 def test_request_for_onednn_is_honoured_or_raises():
