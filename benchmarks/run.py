@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script: th
 
 from benchmarks import measure, operators, shapes
 from benchmarks.measure import DTYPES, Row
-from benchmarks.model import encode, scaling, step
+from benchmarks.model import encode, objective, scaling, step
 from benchmarks.model.pair import Case
 from stellar_fast import backend
 from stellar_fast.registry import load
@@ -31,6 +31,7 @@ from stellar_fast.registry import load
 MODEL_SUITES: dict[str, tuple[Callable[..., Case], int]] = {
     "encode": (encode.build_case, shapes.ENCODE_BATCH),
     "step": (step.build_case, shapes.STEP_BATCH),
+    "objective": (objective.build_case, objective.BATCH),
 }
 DEFAULT_SUITES = (*MODEL_SUITES, "ops")
 SUITES = (*DEFAULT_SUITES, "scaling")

@@ -12,9 +12,13 @@
 #include "common/allocator.h"
 #include "common/check.h"
 #include "crop_resize/crop_resize.h"
+#include "koleo/koleo.h"
 #include "linear/linear.h"
 #include "lowrank_product/lowrank_product.h"
+#include "prototype_cross_entropy/prototype_cross_entropy.h"
+#include "sinkhorn/sinkhorn.h"
 #include "token_attention/token_attention.h"
+#include "token_match/token_match.h"
 
 namespace py = pybind11;
 using namespace stellar_fast;
@@ -168,6 +172,46 @@ void add_layer_norm_backward_checked(int count, int width, RowsArgument grad_nor
                           address<float>(grad_weight), address<float>(grad_bias), threads);
 }
 
+// (logits, whether bf16 rather than fp32, row stride in elements, row and column potentials, temperature, classes, index); null addresses
+// where they are absent. The door checks that index and classes are in range.
+using PrototypeTargetsArgument = std::tuple<uintptr_t, bool, ptrdiff_t, uintptr_t, uintptr_t, float, uintptr_t, uintptr_t>;
+
+void prototype_cross_entropy_rows_checked(int count, int prototypes, uintptr_t logits, bool is_bfloat16,
+                                          const PrototypeTargetsArgument &t, float temperature, float grad_scale, uintptr_t loss,
+                                          int threads) {
+  check(count >= 0 && prototypes >= 1 && threads >= 1, "sizes must be positive but are ", count, ", ", prototypes, ", ", threads);
+  const PrototypeTargets targets{address<const void>(std::get<0>(t)),    std::get<1>(t), std::get<2>(t),
+                                 address<const float>(std::get<3>(t)),   address<const float>(std::get<4>(t)),
+                                 std::get<5>(t),                         address<const int64_t>(std::get<6>(t)),
+                                 address<const int64_t>(std::get<7>(t))};
+  const py::gil_scoped_release release;
+  prototype_cross_entropy_rows(count, prototypes, address<void>(logits), is_bfloat16, targets, temperature, grad_scale,
+                               address<double>(loss), threads);
+}
+
+// (address, whether bf16 rather than fp32, row stride in elements, rows, columns, temperature)
+using SinkhornArgument = std::tuple<uintptr_t, bool, ptrdiff_t, int, int, double>;
+
+SinkhornLogits sinkhorn_logits(const SinkhornArgument &x, int parts) {
+  const auto [data, is_bfloat16, stride, rows, columns, temperature] = x;
+  check(rows >= 1 && columns >= 1 && parts >= 1, "sizes must be positive but are ", rows, ", ", columns, ", ", parts);
+  return {rows, columns, address<const void>(data), is_bfloat16, stride, float(1 / temperature)};
+}
+
+void sinkhorn_columns_checked(const SinkhornArgument &logits, uintptr_t peaks, uintptr_t sums, int parts) {
+  const SinkhornLogits x = sinkhorn_logits(logits, parts);
+  const py::gil_scoped_release release;
+  sinkhorn_columns(x, address<float>(peaks), address<float>(sums), parts);
+}
+
+void sinkhorn_rows_checked(const SinkhornArgument &logits, uintptr_t column, uintptr_t row, uintptr_t sums, uintptr_t out,
+                           uintptr_t entropy, uintptr_t first, int parts) {
+  const SinkhornLogits x = sinkhorn_logits(logits, parts);
+  const py::gil_scoped_release release;
+  sinkhorn_rows(x, address<const float>(column), address<float>(row), address<float>(sums), address<float>(out), address<float>(entropy),
+                address<int64_t>(first), parts);
+}
+
 void gelu_forward_checked(uintptr_t x, uintptr_t out, size_t count, bool is_bfloat16, int threads) {
   const py::gil_scoped_release release;
   gelu_forward(address<const void>(x), address<void>(out), count, is_bfloat16, threads);
@@ -184,6 +228,46 @@ void transpose_checked(uintptr_t in, ptrdiff_t stride, int rows, int columns, ui
   transpose(address<const void>(in), stride, rows, columns, address<void>(out), is_bfloat16, threads);
 }
 
+// (address, whether bf16 rather than fp32, image stride, view stride, token stride), strides in elements.
+using TokensArgument = std::tuple<uintptr_t, bool, ptrdiff_t, ptrdiff_t, ptrdiff_t>;
+
+Tokens tokens_of(const TokensArgument &x) {
+  return {address<const void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x), std::get<4>(x)};
+}
+
+void token_match_checked(int images, int views, int tokens, int width, const TokensArgument &pred, const TokensArgument &target,
+                         uintptr_t keep, float epsilon, int iterations, uintptr_t index, uintptr_t plan, int threads) {
+  check(images >= 0 && views >= 0 && width >= 1, "sizes must be positive but are ", images, ", ", views, ", ", width);
+  check(tokens >= 1 && tokens <= kTokenMatchMaxTokens, "tokens must be 1 to ", kTokenMatchMaxTokens, " but are ", tokens);
+  const TokenMatch call{images,  views,      tokens, width, tokens_of(pred), tokens_of(target), address<const uint8_t>(keep),
+                        epsilon, iterations, address<int64_t>(index), address<float>(plan)};
+  const py::gil_scoped_release release;
+  token_match(call, threads);
+}
+
+Koleo koleo_call(int images, int tokens, int width, const TokensArgument &x, float min_distance, uintptr_t index, uintptr_t distance,
+                 uintptr_t norm) {
+  check(images >= 1 && width >= 1, "sizes must be positive but are ", images, ", ", width);
+  check(tokens >= 2 && tokens <= kKoleoMaxTokens, "tokens must be 2 to ", kKoleoMaxTokens, " but are ", tokens);
+  return {images, tokens, width, tokens_of(x), min_distance, address<int64_t>(index), address<float>(distance), address<float>(norm)};
+}
+
+float koleo_forward_checked(int images, int tokens, int width, const TokensArgument &x, float min_distance, uintptr_t index,
+                            uintptr_t distance, uintptr_t norm, int threads) {
+  const Koleo call = koleo_call(images, tokens, width, x, min_distance, index, distance, norm);
+  const py::gil_scoped_release release;
+  return koleo_forward(call, threads);
+}
+
+void koleo_backward_checked(int images, int tokens, int width, const TokensArgument &x, float min_distance, uintptr_t index,
+                            uintptr_t distance, uintptr_t norm, float grad_loss, uintptr_t grad_x, int threads) {
+  const Koleo call = koleo_call(images, tokens, width, x, min_distance, index, distance, norm);
+  for (ptrdiff_t i = 0; i < ptrdiff_t(images) * tokens; ++i)
+    check(call.index[i] >= 0 && call.index[i] < tokens, "index must be 0 to ", tokens - 1, " but is ", call.index[i]);
+  const py::gil_scoped_release release;
+  koleo_backward(call, grad_loss, address<void>(grad_x), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -195,9 +279,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("token_attention_backward", &token_attention_backward_checked);
   module.def("lowrank_product_forward", &lowrank_product_forward_checked);
   module.def("lowrank_product_backward", &lowrank_product_backward_checked);
+  module.def("prototype_cross_entropy_rows", &prototype_cross_entropy_rows_checked);
+  module.def("sinkhorn_columns", &sinkhorn_columns_checked);
+  module.def("sinkhorn_rows", &sinkhorn_rows_checked);
   module.def("gelu_forward", &gelu_forward_checked);
   module.def("gelu_backward", &gelu_backward_checked);
   module.def("transpose", &transpose_checked);
   module.def("add_layer_norm_forward", &add_layer_norm_forward_checked);
   module.def("add_layer_norm_backward", &add_layer_norm_backward_checked);
+  module.def("token_match", &token_match_checked);
+  module.def("koleo_forward", &koleo_forward_checked);
+  module.def("koleo_backward", &koleo_backward_checked);
 }

@@ -70,6 +70,71 @@ def add_layer_norm_backward(
     grad_bias: int,
     threads: int,
 ) -> None: ...
+
+# logits, whether bf16 rather than fp32, row stride, row and column potentials, temperature, classes, index
+_PrototypeTargets = tuple[int, bool, int, int, int, float, int, int]
+
+def prototype_cross_entropy_rows(
+    count: int,
+    prototypes: int,
+    logits: int,
+    is_bfloat16: bool,
+    targets: _PrototypeTargets,
+    temperature: float,
+    grad_scale: float,
+    loss: int,
+    threads: int,
+) -> None: ...
+
+# address, whether bf16 rather than fp32, row stride, rows, columns, temperature
+_SinkhornLogits = tuple[int, bool, int, int, int, float]
+
+def sinkhorn_columns(logits: _SinkhornLogits, peaks: int, sums: int, parts: int) -> None: ...
+def sinkhorn_rows(
+    logits: _SinkhornLogits, column: int, row: int, sums: int, out: int, entropy: int, first: int, parts: int
+) -> None: ...
 def gelu_forward(x: int, out: int, count: int, is_bfloat16: bool, threads: int) -> None: ...
 def gelu_backward(x: int, grad: int, grad_x: int, out: int, count: int, is_bfloat16: bool, threads: int) -> None: ...
 def transpose(matrix: int, stride: int, rows: int, columns: int, out: int, is_bfloat16: bool, threads: int) -> None: ...
+
+# address, whether bf16 rather than fp32, image stride, view stride, token stride
+_Tokens = tuple[int, bool, int, int, int]
+
+def token_match(
+    images: int,
+    views: int,
+    tokens: int,
+    width: int,
+    pred: _Tokens,
+    target: _Tokens,
+    keep: int,
+    epsilon: float,
+    iterations: int,
+    index: int,
+    plan: int,
+    threads: int,
+) -> None: ...
+def koleo_forward(
+    images: int,
+    tokens: int,
+    width: int,
+    x: _Tokens,
+    min_distance: float,
+    index: int,
+    distance: int,
+    norm: int,
+    threads: int,
+) -> float: ...
+def koleo_backward(
+    images: int,
+    tokens: int,
+    width: int,
+    x: _Tokens,
+    min_distance: float,
+    index: int,
+    distance: int,
+    norm: int,
+    grad_loss: float,
+    grad_x: int,
+    threads: int,
+) -> None: ...

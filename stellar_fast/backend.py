@@ -40,15 +40,15 @@ DEVICES = {
 OPS: dict[str, tuple[str, ...]] = {
     "add_layer_norm": ("triton", "cpu", "torch", "reference"),
     "crop_resize": ("cpu", "reference"),
-    "koleo": ("reference",),
+    "koleo": ("triton", "cpu", "reference"),
     "linear": ("onednn", "torch", "reference"),
     "lowrank_product": ("triton", "cpu", "reference"),
     "nearest_code": ("reference",),
     "packed_patch_embed": ("torch", "reference"),
-    "prototype_cross_entropy": ("reference",),
-    "sinkhorn": ("reference",),
+    "prototype_cross_entropy": ("triton", "cpu", "reference"),
+    "sinkhorn": ("triton", "cpu", "reference"),
     "token_attention": ("triton", "cpu", "torch", "flash_attn", "xformers", "reference"),
-    "token_match": ("reference",),
+    "token_match": ("triton", "cpu", "reference"),
 }
 
 ANY = "*"  # a request for every operator

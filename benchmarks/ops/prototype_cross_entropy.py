@@ -1,17 +1,37 @@
-"""Upstream's soft cross-entropy over gathered targets; torch's own for soft targets as the library's way."""
+"""Upstream's soft cross-entropy over gathered targets; torch's own for soft targets as the library's way.
+
+Both get the assignments as a matrix, as upstream's Sinkhorn-Knopp gives them; it is made before the clock starts.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.plain import objectives
+from stellar_fast.ops.sinkhorn import SinkhornTargets
+
+_assignments: dict[int, Tensor] = {}
 
 
-def plain(logits: Tensor, targets: Tensor, index: Tensor, temperature: float = 0.12) -> Tensor:
-    return objectives.soft_cross_entropy(logits, targets[index], temperature)
+def assignments(targets: SinkhornTargets) -> Tensor:
+    """Computed at the first call with these targets, which is the one that warms up."""
+    address = targets.row.data_ptr()
+    if address not in _assignments:
+        _assignments[address] = targets.assignments()
+    return _assignments[address]
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, index: Tensor, temperature: float = 0.12) -> Tensor:
-    return F.cross_entropy(logits.float() / temperature, targets[index].float())
+def plain(
+    features: Tensor, prototypes: Tensor, targets: SinkhornTargets, index: Tensor, temperature: float = 0.12
+) -> Tensor:
+    logits = F.linear(features, prototypes)
+    return objectives.soft_cross_entropy(logits, assignments(targets)[index], temperature)
+
+
+def cross_entropy(
+    features: Tensor, prototypes: Tensor, targets: SinkhornTargets, index: Tensor, temperature: float = 0.12
+) -> Tensor:
+    logits = F.linear(features, prototypes)
+    return F.cross_entropy(logits.float() / temperature, assignments(targets)[index])
 
 
 PROVIDERS = {"plain": plain, "torch.cross_entropy": cross_entropy}

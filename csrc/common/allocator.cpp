@@ -1,10 +1,14 @@
 #include "common/allocator.h"
 
 #include <climits>
+#include <cstdint>
 #include <cstdlib>
 
 #ifdef __GLIBC__
 #include <malloc.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 namespace stellar_fast {
@@ -18,6 +22,20 @@ const char *raise_allocator_thresholds() {
   return nullptr;
 #else
   return "the C library is not glibc";
+#endif
+}
+
+void expect_first_write(void *block, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kHuge = 2 << 20;
+  constexpr size_t kLarge = 32 << 20;  // what glibc maps afresh whatever was freed before
+  if (bytes < kLarge) return;
+  const uintptr_t first = ((uintptr_t)block + kHuge - 1) & ~(kHuge - 1), last = ((uintptr_t)block + bytes) & ~(kHuge - 1);
+  unsigned char in_use = 1;
+  if (mincore((void *)((first + last) / 2 & ~(kHuge - 1)), 4096, &in_use) == 0 && !(in_use & 1))
+    madvise((void *)first, last - first, MADV_HUGEPAGE);  // where it is refused the faults are as before
+#else
+  (void)block, (void)bytes;
 #endif
 }
 

@@ -139,6 +139,25 @@ STELLAR_FAST_INLINE f32v<W> exp(f32v<W> x) {
   return select<W>(tiny, F{}, out);
 }
 
+// log for normal x > 0 within 2 units in the last place; a NaN stays a NaN.
+template <int W>
+STELLAR_FAST_INLINE f32v<W> log(f32v<W> x) {
+  typedef f32v<W> F;
+  typedef i32v<W> I;
+  const I n = ((I)x - 0x3f3504f3) >> 23;  // x = 2^n times 0.707 to 1.414
+  const F k = __builtin_convertvector(n, F), f = (F)((I)x - (n << 23)) - 1;
+  F p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  p = p * f * (f * f) - k * 2.12194440e-4f - 0.5f * (f * f);
+  return (f + p + k * 0.693359375f) + (x - x);
+}
+
 // Level of this processor: 4 (AVX-512), 3 (AVX2 and FMA), else 1.
 inline int processor_level() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12

@@ -18,9 +18,15 @@ SPEC = OpSpec(
     shapes={
         "small": {"N": 2, "K": 5, "D": 12},
         "b16": {"N": 32, "K": 16, "D": 768},
+        "b16_masked": {"N": 256, "K": 16, "D": 768},  # of batch 32 and 8 views
         "h16": {"N": 128, "K": 32, "D": 1280},
     },
-    odd_shapes=({"N": 1, "K": 2, "D": 1}, {"N": 3, "K": 17, "D": 7}, {"N": 2, "K": 64, "D": 33}),
+    odd_shapes=(
+        {"N": 1, "K": 2, "D": 1},
+        {"N": 3, "K": 17, "D": 7},
+        {"N": 1, "K": 24, "D": 40},
+        {"N": 2, "K": 64, "D": 33},
+    ),
     make_inputs=make_inputs,
     reference=by_argument(reference.koleo),
     gradients=("x",),

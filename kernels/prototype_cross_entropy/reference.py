@@ -1,16 +1,36 @@
-"""Plain torch prototype cross-entropy in fp32 (fp64 where given). R predictions, T targets, C prototypes."""
+"""Plain torch prototype cross-entropy in fp32 (fp64 where given), with every (R, C) matrix that the others do without.
+
+R predictions, T targets, C prototypes, E prototype width.
+"""
+
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stellar_fast.kernels.common.precision import at_least_fp32
 
 
 def prototype_cross_entropy(
-    logits_RC: Tensor, targets_TC: Tensor, index_R: Tensor | None = None, temperature: float = 0.12
+    features_RE: Tensor,
+    prototypes_CE: Tensor,
+    targets: Any,
+    index_R: Tensor | None = None,
+    temperature: float = 0.12,
 ) -> Tensor:
-    """Return the 0-dim fp32 loss; `index` names the target row that each prediction learns."""
-    with torch.autocast(logits_RC.device.type, enabled=False):
-        targets = targets_TC.detach() if index_R is None else targets_TC.detach()[index_R]
-        log_probability = torch.log_softmax(at_least_fp32(logits_RC) / temperature, dim=-1)
-        return -(targets * log_probability).sum(dim=-1).mean()
+    """Return the 0-dim fp32 loss; `targets` are SinkhornTargets or classes (T,), `index` names each prediction's."""
+    with torch.autocast(features_RE.device.type, enabled=False):
+        logits = at_least_fp32(features_RE) @ at_least_fp32(prototypes_CE).mT
+        log_probability = torch.log_softmax(logits / temperature, dim=-1)
+        target = dense_targets(targets, len(prototypes_CE), logits.dtype)
+        if index_R is not None:
+            target = target[index_R]
+        return -(target * log_probability).sum(dim=-1).mean()
+
+
+def dense_targets(targets: Any, num_prototypes: int, dtype: torch.dtype) -> Tensor:
+    """The targets as a (T, C) matrix."""
+    if isinstance(targets, Tensor):
+        return F.one_hot(targets, num_prototypes).to(dtype)
+    return targets.assignments().to(dtype).detach()

@@ -19,11 +19,16 @@ SPEC = OpSpec(
     public="sinkhorn_knopp",
     shapes={
         "small": {"R": 12, "C": 20},
-        "b16": {"R": 1024, "C": 16384},
+        "b16": {"R": 1024, "C": 16384},  # sparse tokens of 64 images
+        "b16_gpu": {"R": 2048, "C": 16384},  # of 128
+        "b16_cls": {"R": 128, "C": 16384},
+        "wide": {"R": 256, "C": 131072},
     },
     odd_shapes=({"R": 1, "C": 1}, {"R": 1, "C": 37}, {"R": 67, "C": 3}),
     make_inputs=make_inputs,
     reference=by_argument(reference.sinkhorn_knopp),
     flops=lambda s: 14.0 * s["R"] * s["C"],  # an exponential, and three rounds of two sums and two scalings
-    bytes=lambda s, itemsize: float((itemsize + 4) * s["R"] * s["C"]),
+    # All column sums come before the first row's divisor, all rows before the next round's columns: three rounds are
+    # four passes over the logits, unless they stay in a cache; then the assignments are written.
+    bytes=lambda s, itemsize: float((4 * itemsize + 4) * s["R"] * s["C"]),
 )

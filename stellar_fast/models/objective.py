@@ -3,11 +3,10 @@
 B images, V views, K sparse tokens, T target rows, C prototypes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,8 +20,7 @@ from stellar_fast.nn.masking import random_keep_indices
 from stellar_fast.nn.prototype_head import PrototypeHead
 from stellar_fast.ops.koleo import koleo
 from stellar_fast.ops.packed_patch_embed import check_images, to_unit_range
-from stellar_fast.ops.prototype_cross_entropy import prototype_cross_entropy
-from stellar_fast.ops.sinkhorn import sinkhorn_knopp
+from stellar_fast.ops.sinkhorn import SinkhornTargets
 from stellar_fast.ops.token_match import token_match
 
 PIXEL_WEIGHT = 10.0
@@ -37,6 +35,14 @@ class Loss(NamedTuple):
     parts: dict[str, Tensor]
 
 
+class Targets(NamedTuple):
+    """What other views learn: tokens (B, K, D) to match, the assignments of those B K tokens and of the B images."""
+
+    tokens: Tensor
+    sparse: SinkhornTargets | None
+    cls: SinkhornTargets | None
+
+
 class Objective(nn.Module):
     """The training half of a StellarModel: one step's losses. The model's constructor sets what is declared here."""
 
@@ -47,7 +53,6 @@ class Objective(nn.Module):
     cls_cluster_head: PrototypeHead | None
     teacher: Teacher | None
     color_augment: ColorAugment | None
-    assign: Callable[[Tensor], Tensor]  # logits (B, K, C) -> targets (rows, C)
     do_recon: bool
     do_koleo: bool
     do_cls: bool
@@ -59,7 +64,6 @@ class Objective(nn.Module):
     masking_ratio: float
     focal_mode: str | None
     focal_probability: float | None
-    logits_temp: float
     koleo_min_distance: float
 
     def training_step(
@@ -99,8 +103,8 @@ class Objective(nn.Module):
             predictions["koleo_loss"] = KOLEO_WEIGHT * loss
         if self.do_cls:
             student_cls = [output.cls for output in (masked, *others) if output is not None]
-            if student_cls:
-                predictions["cls_loss"] = sum(self._cls_loss(x, targets["cls"]) for x in student_cls)
+            if student_cls and targets.cls is not None:
+                predictions["cls_loss"] = sum(self._cls_loss(x, targets.cls) for x in student_cls)
         return predictions
 
     def loss(self, predictions: Mapping[str, Any]) -> Loss:
@@ -168,62 +172,55 @@ class Objective(nn.Module):
         codes = predictions["vq_codes"] = self.tokenizer.encode(target).flatten(1)
         predictions["VQ-CE"] = F.cross_entropy(at_least_fp32(x_hat).flatten(0, 1), codes.flatten())
 
-    def _targets(self, predictions: dict[str, Any], views: Tensor, clean: ViewOutput) -> dict[str, Tensor]:
-        """The clean view's losses, and the targets: tokens (B, K, D), assignments sparse (B * K, C) and cls (B, C)."""
+    def _targets(self, predictions: dict[str, Any], views: Tensor, clean: ViewOutput) -> Targets:
+        """The clean view's losses, and what the other views learn."""
         cls, sparse = clean.cls, clean.sparse
         assert sparse is not None
-        targets = {"tokens": sparse.detach()}
         if self.clustering_head is None:
-            return targets
-        logits = self.clustering_head(sparse)
-        clean_index = None
+            return Targets(sparse.detach(), None, None)
+        features, cls_features = self.clustering_head.features(sparse), None
+        if self.cls_cluster_head is not None:
+            cls_features = self.cls_cluster_head.features(cls)
+        clean_index, cls_assignment = None, None
         if self.teacher is None:
-            targets["sparse"] = self.assign(logits)
+            tokens = sparse.detach()
+            assignment = self.clustering_head.assign(features)
+            if self.cls_cluster_head is not None and cls_features is not None:
+                cls_assignment = self.cls_cluster_head.assign(cls_features)
         else:
             with torch.no_grad():
-                teacher_cls, teacher_sparse, *_ = self.teacher.encoder([ViewBatch(views[:, 1], rows="cls+sparse")])[0]
-                targets = {
-                    "tokens": teacher_sparse,
-                    "sparse": self.assign(self.teacher.clustering_head(teacher_sparse)),
-                }
-                if self.teacher.cls_cluster_head is not None:
-                    targets["cls"] = self.assign(self.teacher.cls_cluster_head(teacher_cls))
-            index = match(sparse[:, None], teacher_sparse, self.hungarian_match)
+                teacher_cls, tokens, *_ = self.teacher.encoder([ViewBatch(views[:, 1], rows="cls+sparse")])[0]
+                head, cls_head = self.teacher.clustering_head, self.teacher.cls_cluster_head
+                assignment = head.assign(head.features(tokens))
+                if cls_head is not None:
+                    cls_assignment = cls_head.assign(cls_head.features(teacher_cls))
+            index = match(sparse[:, None], tokens, self.hungarian_match)
             predictions["match_index_clean"] = index[:, 0]
             clean_index = target_rows(index)
-        predictions["clustering_loss"] = self._cross_entropy(logits, targets["sparse"], clean_index)
         metrics = predictions["metrics"]
-        metrics["target_entropy"], metrics["prototypes_used"] = assignment_metrics(targets["sparse"])
-        if self.cls_cluster_head is not None:
-            cls_logits = self.cls_cluster_head(cls)
-            if self.teacher is None:
-                targets["cls"] = self.assign(cls_logits)
-            predictions["cls_clustering_loss"] = self._cross_entropy(cls_logits, targets["cls"], None)
-            metrics["cls_target_entropy"], metrics["cls_prototypes_used"] = assignment_metrics(targets["cls"])
-        return targets
+        predictions["clustering_loss"] = self.clustering_head.cross_entropy(features, assignment.targets, clean_index)
+        metrics["target_entropy"], metrics["prototypes_used"] = assignment.metrics()
+        if cls_assignment is None:
+            return Targets(tokens, assignment.targets, None)
+        assert self.cls_cluster_head is not None and cls_features is not None
+        loss = self.cls_cluster_head.cross_entropy(cls_features, cls_assignment.targets)
+        predictions["cls_clustering_loss"] = loss
+        metrics["cls_target_entropy"], metrics["cls_prototypes_used"] = cls_assignment.metrics()
+        return Targets(tokens, assignment.targets, cls_assignment.targets)
 
-    def _mask_loss(self, predictions: dict[str, Any], masked_sparse: Tensor, targets: dict[str, Tensor]) -> None:
-        assert self.clustering_head is not None
-        index = match(masked_sparse.unflatten(0, (-1, self.num_masks)), targets["tokens"], self.hungarian_match)
+    def _mask_loss(self, predictions: dict[str, Any], masked_sparse: Tensor, targets: Targets) -> None:
+        assert self.clustering_head is not None and targets.sparse is not None
+        index = match(masked_sparse.unflatten(0, (-1, self.num_masks)), targets.tokens, self.hungarian_match)
         predictions["match_index_masked"] = index.flatten(0, 1)
-        logits = self.clustering_head(masked_sparse)
-        predictions["mask_loss"] = self._cross_entropy(logits, targets["sparse"], target_rows(index))
+        predictions["metrics"]["matched_tokens"] = matched_tokens(index)
+        features = self.clustering_head.features(masked_sparse)
+        predictions["mask_loss"] = self.clustering_head.cross_entropy(features, targets.sparse, target_rows(index))
 
-    def _cls_loss(self, cls: Tensor, targets: Tensor) -> Tensor:
+    def _cls_loss(self, cls: Tensor, targets: SinkhornTargets) -> Tensor:
         assert self.cls_cluster_head is not None
-        index = image_rows(targets.shape[0], cls.shape[0] // targets.shape[0], cls.device)
-        return self._cross_entropy(self.cls_cluster_head(cls), targets, index)
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor, index: Tensor | None) -> Tensor:
-        return prototype_cross_entropy(logits.flatten(0, 1), targets, index=index, temperature=self.logits_temp)
-
-
-def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int, scale: float) -> Tensor:
-    """Sinkhorn-Knopp targets (rows, C) of logits (B, K, C), over the joined rows of all ranks."""
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    group = dist.group.WORLD if distributed else None
-    rows = logits.detach().flatten(0, 1)
-    return sinkhorn_knopp(rows, temperature=temperature, iterations=iterations, scale=scale, group=group)
+        num_images = targets.row.shape[0]
+        index = image_rows(num_images, cls.shape[0] // num_images, cls.device)
+        return self.cls_cluster_head.cross_entropy(self.cls_cluster_head.features(cls), targets, index)
 
 
 def match(pred_BVKD: Tensor, target_BKD: Tensor, hungarian: bool) -> Tensor:
@@ -245,10 +242,11 @@ def image_rows(num_images: int, num_views: int, device: torch.device) -> Tensor:
     return torch.arange(num_images, device=device).repeat_interleave(num_views)
 
 
-def assignment_metrics(targets_TC: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean entropy of the targets in nats, and how many prototypes are some token's first choice."""
-    used = torch.zeros(targets_TC.shape[1], device=targets_TC.device).scatter_(0, targets_TC.argmax(dim=1), 1.0).sum()
-    return torch.special.entr(targets_TC).sum(dim=1).mean(), used
+def matched_tokens(index_BVK: Tensor) -> Tensor:
+    """Share of the predicted tokens that learn from each of an image's K targets, (K,): 1 / K is evenly."""
+    counts = torch.zeros(index_BVK.shape[-1], device=index_BVK.device)
+    index = index_BVK.flatten()
+    return counts.scatter_add_(0, index, torch.ones_like(index, dtype=counts.dtype)) / index.numel()
 
 
 def token_entropy(spatial_BPK: Tensor) -> Tensor:

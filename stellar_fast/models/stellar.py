@@ -4,7 +4,6 @@ B images, V masked views an image, K sparse tokens, P patches, C prototypes, D w
 """
 
 import copy
-import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from stellar_fast.models.config import (
 from stellar_fast.models.decoder import Decoder
 from stellar_fast.models.encoder import StellarEncoder
 from stellar_fast.models.hub import HubMixin
-from stellar_fast.models.objective import Objective, require, sinkhorn_targets
+from stellar_fast.models.objective import Objective, require
 from stellar_fast.models.output import StellarOutput
 from stellar_fast.models.teacher import Teacher
 from stellar_fast.models.vit_weights import load_vit_state_dict, read_vit_weights
@@ -171,7 +170,13 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
 
         def head() -> PrototypeHead:
             return PrototypeHead(
-                dim, size["predictor_hidden_dim"], size["prototype_dim"], size["num_clusters"], predictor_layers
+                dim,
+                size["predictor_hidden_dim"],
+                size["prototype_dim"],
+                size["num_clusters"],
+                predictor_layers,
+                temperature=logits_temp,
+                sinkhorn={"temperature": sk_temp, "iterations": n_sk_iter, "scale": sk_scale},
             )
 
         self.clustering_head = head() if do_clustering else None
@@ -180,11 +185,10 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         self.do_koleo, self.do_recon, self.do_clustering, self.do_cls = do_koleo, do_recon, do_clustering, do_cls
         self.do_masking, self.do_cropping, self.hungarian_match = do_masking, do_cropping, hungarian_match
         self.num_masks, self.num_local_crops = size["num_masks"], size["num_local_crops"]
-        self.logits_temp, self.koleo_min_distance = logits_temp, koleo_min_distance
-        self.assign = functools.partial(sinkhorn_targets, temperature=sk_temp, iterations=n_sk_iter, scale=sk_scale)
+        self.koleo_min_distance = koleo_min_distance
         self.masking_ratio, self.focal_mode, self.focal_probability = masking_ratio, focal_mode, focal_probability
         self.momentum_teacher, self.teacher_momentum = momentum_teacher, teacher_momentum
-        _check_ranges(self, sk_temp)
+        _check_ranges(self, logits_temp, sk_temp)
         if vit_pretrained is not None:
             load_vit_state_dict(self.encoder, read_vit_weights(vit_pretrained))
         self.teacher = None
@@ -377,7 +381,7 @@ def _refuse_undefined(**arguments: Any) -> None:
             raise NotImplementedError(f"{name}={value!r} is not supported")
 
 
-def _check_ranges(model: StellarModel, sk_temp: float) -> None:
+def _check_ranges(model: StellarModel, logits_temp: float, sk_temp: float) -> None:
     if model.focal_mode not in FOCAL_MODES:
         raise ValueError(f"focal_mode must be one of {FOCAL_MODES} but is {model.focal_mode!r}")
     if not 0 <= model.masking_ratio < 1:
@@ -390,6 +394,6 @@ def _check_ranges(model: StellarModel, sk_temp: float) -> None:
         raise ValueError("do_koleo spreads tokens apart and needs 2 of them but num_sparse_tokens is 1")
     if not 0 <= model.teacher_momentum <= 1:
         raise ValueError(f"teacher_momentum must be in [0, 1] but is {model.teacher_momentum}")
-    for name, value in (("logits_temp", model.logits_temp), ("sk_temp", sk_temp)):
+    for name, value in (("logits_temp", logits_temp), ("sk_temp", sk_temp)):
         if not value > 0:
             raise ValueError(f"{name} must be positive but is {value}")

@@ -1,21 +1,60 @@
-"""Online-clustering head: MLP, normalisation, prototypes."""
+"""Online-clustering head: MLP, normalisation, prototypes, and what is learned from them. T tokens, C prototypes."""
 
 from itertools import pairwise
+from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.nn.linear import Linear
+from stellar_fast.ops.prototype_cross_entropy import prototype_cross_entropy
+from stellar_fast.ops.sinkhorn import SinkhornTargets, sinkhorn_potentials
 
 NORM_EPS = 1e-7
 
 
+class Assignment(NamedTuple):
+    """Balanced targets of T tokens, and for each the entropy (nats) and the first choice (int64) of its row."""
+
+    targets: SinkhornTargets
+    entropy: Tensor
+    first: Tensor
+
+    def metrics(self) -> tuple[Tensor, Tensor]:
+        """Mean entropy of the targets, and how many prototypes are some token's first choice."""
+        used = torch.zeros_like(self.targets.column).scatter_(0, self.first, 1.0)
+        return self.entropy.mean(), used.sum()
+
+
 class PrototypeHead(nn.Module):
-    """Tokens to prototype logits: MLP -> L2-normalise -> bias-free linear with weights drawn N(0, 1)."""
+    """Tokens to prototypes: MLP -> L2-normalise -> bias-free linear with weights drawn N(0, 1).
+
+    `assign` makes targets, `cross_entropy` learns them; both take what `features` gives. Neither the logits of the
+    predictions nor their targets are ever whole in memory. Calling the head gives logits, for a look at them.
+
+    Args:
+        dim: width of the tokens.
+        hidden_dim: of the MLP.
+        prototype_dim: E, width of features and prototypes.
+        num_clusters: C.
+        num_layers: linears of the MLP.
+        temperature: of the predictions.
+        sinkhorn: `temperature`, `iterations` and `scale` of the targets.
+    """
 
     def __init__(
-        self, dim: int, hidden_dim: int = 2048, prototype_dim: int = 256, num_clusters: int = 16384, num_layers: int = 2
+        self,
+        dim: int,
+        hidden_dim: int = 2048,
+        prototype_dim: int = 256,
+        num_clusters: int = 16384,
+        num_layers: int = 2,
+        *,
+        temperature: float = 0.12,
+        sinkhorn: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if num_layers < 1:
@@ -23,11 +62,34 @@ class PrototypeHead(nn.Module):
         widths = [dim, *[hidden_dim] * (num_layers - 1), prototype_dim]
         self.layers = nn.ModuleList(Linear(i, o) for i, o in pairwise(widths))
         self.prototypes = Linear(prototype_dim, num_clusters, bias=False)
+        self.temperature, self.sinkhorn = temperature, sinkhorn or {}
         nn.init.normal_(self.prototypes.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to logits (..., C), fp32; the product runs in the autocast dtype."""
+        return self._logits(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map (..., D) to normalised features (..., E), at least fp32."""
         for layer in self.layers[:-1]:
             x = F.gelu(layer(x))
-        features = F.normalize(at_least_fp32(self.layers[-1](x)), dim=-1, eps=NORM_EPS)
+        return F.normalize(at_least_fp32(self.layers[-1](x)), dim=-1, eps=NORM_EPS)
+
+    @torch.no_grad()
+    def assign(self, features: Tensor) -> Assignment:
+        """Sinkhorn-Knopp targets of features (..., E), over the joined rows of all ranks, without gradient."""
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        group = dist.group.WORLD if distributed else None
+        logits = self._logits(features).flatten(0, -2)
+        row, column, entropy, first = sinkhorn_potentials(logits, group=group, statistics=True, **self.sinkhorn)
+        targets = SinkhornTargets(row, column, self.sinkhorn.get("temperature", 0.06), logits=logits)
+        return Assignment(targets, entropy, first)
+
+    def cross_entropy(self, features: Tensor, targets: SinkhornTargets, index: Tensor | None = None) -> Tensor:
+        """Mean loss of R features (..., E); `index` (R,) says which of the T targets each learns, if not its own."""
+        weight = self.prototypes.weight
+        rows = features.flatten(0, -2)
+        return prototype_cross_entropy(rows, weight, targets, index=index, temperature=self.temperature)
+
+    def _logits(self, features: Tensor) -> Tensor:
         return at_least_fp32(self.prototypes(features.to(self.prototypes.weight.dtype)))

@@ -8,11 +8,12 @@ from stellar_fast.ops.lowrank_product import lowrank_product
 from stellar_fast.ops.nearest_code import nearest_code
 from stellar_fast.ops.packed_patch_embed import packed_patch_embed
 from stellar_fast.ops.prototype_cross_entropy import prototype_cross_entropy
-from stellar_fast.ops.sinkhorn import sinkhorn_knopp
+from stellar_fast.ops.sinkhorn import SinkhornTargets, sinkhorn_knopp, sinkhorn_potentials
 from stellar_fast.ops.token_attention import token_attention, token_self_attention
 from stellar_fast.ops.token_match import token_match
 
 __all__ = [
+    "SinkhornTargets",
     "add_layer_norm",
     "crop_resize",
     "koleo",
@@ -22,6 +23,7 @@ __all__ = [
     "packed_patch_embed",
     "prototype_cross_entropy",
     "sinkhorn_knopp",
+    "sinkhorn_potentials",
     "token_attention",
     "token_match",
     "token_self_attention",

@@ -1,40 +1,383 @@
-"""prototype_cross_entropy: soft-target cross-entropy over the prototypes."""
+"""prototype_cross_entropy: soft-target cross-entropy over prototypes, without their logits.
+
+R predictions, T targets, C prototypes, E prototype width.
+"""
 
 import torch
 from torch import Tensor
 
-from stellar_fast import backend
+from stellar_fast import backend, native
+from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.prototype_cross_entropy import reference
-from stellar_fast.ops.checks import check_floating, check_positive, check_shapes
+from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode
+from stellar_fast.ops.sinkhorn import SinkhornTargets
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 512  # E that the Triton kernels hold in one tile
+# Logits of a block of predictions on a CPU: more rows multiply faster, more bytes leave the third-level cache. With 2
+# cores of a Zen 5, R=1,024 and C=16,384, 4 blocks of 256 rows took 70 ms in fp32, 8 of 128 rows 77.
+BLOCK_BYTES = 16 * 2**20
+BLOCK_ROWS = (128, 512)
+_OPERATOR = "prototype_cross_entropy"
+
+
+# `targets` are [classes], [row, column, logits] or [row, column, features, prototypes]; products are taken in `dtype`.
+# Returns (loss, lse, mass, grad_features, grad_prototypes^T). Triton keeps each prediction's log-sum-exp and its
+# target's sum, (R,), and multiplies again in the backward. On a CPU a block of logits stays in the cache until it has
+# become its gradient, which saves that product: there (R, E) and (E, C) fp32 are kept, as far as `needs` asks. What is
+# not kept has shape (0,).
+@torch.library.custom_op("stellar_fast::prototype_cross_entropy", mutates_args=())
+def _forward(
+    features: Tensor,
+    prototypes: Tensor,
+    targets: list[Tensor],
+    target_temperature: float,
+    index: Tensor | None,
+    temperature: float,
+    dtype: torch.dtype,
+    needs: list[bool],
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend.ran(_OPERATOR, name)
+    if name == "triton":
+        from stellar_fast.kernels.prototype_cross_entropy import config, kernel
+
+        features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
+        knobs = config.heuristic(_sizes(features, prototypes, targets), dtype, features.device)
+        loss, lse, mass = kernel.launch_prototype_cross_entropy_fwd(
+            features, prototypes, targets, target_temperature, index, temperature, knobs
+        )
+        return loss, lse, mass, lse.new_empty(0), lse.new_empty(0)
+    loss, grad_features, grad_prototypes_t = _on_cpu(
+        features, prototypes, targets, target_temperature, index, temperature, dtype, needs
+    )
+    return loss, loss.new_empty(0), loss.new_empty(0), grad_features, grad_prototypes_t
+
+
+@_forward.register_fake
+def _(features, prototypes, targets, target_temperature, index, temperature, dtype, needs, name):
+    (R, E), C = features.shape, prototypes.shape[0]
+    rows = R if name == "triton" else 0
+    sizes = [(), (rows,), (rows,)] + [
+        size if name == "cpu" and need else (0,) for size, need in zip([(R, E), (E, C)], needs, strict=True)
+    ]
+    return tuple(features.new_empty(size, dtype=torch.float32) for size in sizes)
+
+
+# Returns (grad_features, grad_prototypes), of shape (0,) where `needs` does not ask for it.
+@torch.library.custom_op("stellar_fast::prototype_cross_entropy_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    features: Tensor,
+    prototypes: Tensor,
+    targets: list[Tensor],
+    target_temperature: float,
+    index: Tensor | None,
+    lse: Tensor,
+    mass: Tensor,
+    temperature: float,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    from stellar_fast.kernels.prototype_cross_entropy import config, kernel
+
+    backend.ran(_OPERATOR, "triton")
+    dtypes = features.dtype, prototypes.dtype
+    features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
+    knobs = config.heuristic(_sizes(features, prototypes, targets), dtype, features.device)
+    grads = kernel.launch_prototype_cross_entropy_bwd(
+        grad, features, prototypes, targets, target_temperature, index, lse, mass, temperature, needs, knobs
+    )
+    return grads[0].to(dtypes[0]), grads[1].to(dtypes[1])
+
+
+@_backward.register_fake
+def _(grad, features, prototypes, targets, target_temperature, index, lse, mass, temperature, dtype, needs):
+    return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip((features, prototypes), needs, strict=True))
+
+
+# The CPU's backward: its forward's gradients times that of the loss, in the dtypes of features and prototypes.
+@torch.library.custom_op("stellar_fast::prototype_cross_entropy_scale_backward", mutates_args=())
+def _scale_backward(
+    grad: Tensor,
+    grad_features: Tensor,
+    grad_prototypes_t: Tensor,
+    features_dtype: torch.dtype,
+    prototypes_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    backend.ran(_OPERATOR, "cpu")
+    if grad_prototypes_t.dim() == 2:
+        grad_prototypes = _transposed(grad_prototypes_t).mul_(grad)
+    else:
+        grad_prototypes = grad_prototypes_t.clone()
+    return (grad_features * grad).to(features_dtype), grad_prototypes.to(prototypes_dtype)
+
+
+@_scale_backward.register_fake
+def _(grad, grad_features, grad_prototypes_t, features_dtype, prototypes_dtype):
+    shape = grad_prototypes_t.shape[::-1]
+    return torch.empty_like(grad_features, dtype=features_dtype), grad_features.new_empty(shape, dtype=prototypes_dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    features, prototypes, targets, ctx.target_temperature, index, ctx.temperature, ctx.dtype, _, ctx.name = inputs
+    _, *kept = output
+    ctx.num_targets = len(targets)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    if ctx.name == "triton":
+        ctx.save_for_backward(features, prototypes, index, *kept[:2], *targets)
+    else:
+        ctx.dtypes = features.dtype, prototypes.dtype
+        ctx.save_for_backward(*kept[2:])
+
+
+def _differentiate(ctx, grad: Tensor | None, *_):
+    needs = list(ctx.needs_input_grad[:2])
+    grads: tuple[Tensor | None, ...] = (None, None)
+    if grad is not None and ctx.name == "triton":
+        features, prototypes, index, lse, mass, *targets = ctx.saved_tensors
+        grads = _backward(
+            grad,
+            features,
+            prototypes,
+            targets,
+            ctx.target_temperature,
+            index,
+            lse,
+            mass,
+            ctx.temperature,
+            ctx.dtype,
+            needs,
+        )
+    elif grad is not None:
+        grads = _scale_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), [None] * ctx.num_targets, *(None,) * 6
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _on_cpu(
+    features: Tensor,
+    prototypes: Tensor,
+    targets: list[Tensor],
+    target_temperature: float,
+    index: Tensor | None,
+    temperature: float,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and as far as needed the gradients of features and, transposed, of prototypes."""
+    (R, E), C = features.shape, prototypes.shape[0]
+    _check_values(targets, index, R, C)
+    if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtype = torch.float32
+    features, prototypes = features.to(dtype).contiguous(), prototypes.to(dtype).contiguous()
+    if len(targets) > 1:
+        targets = [x if x.dtype in (torch.float32, torch.bfloat16) else x.float() for x in targets]
+        targets = [*(x.float().contiguous() for x in targets[:2]), *map(_with_dense_rows, targets[2:])]
+    needs_features, needs_prototypes = needs
+    losses = torch.empty(R, dtype=torch.float64)
+    grad_features = torch.empty((R, E) if needs_features else 0, dtype=torch.float32)
+    grad_prototypes_t = torch.empty(0, dtype=torch.float32)
+    # oneDNN's fp32 product with a transposed copy is a tenth faster than with a view
+    transposed = _transposed(prototypes) if needs_features and dtype == torch.float32 else prototypes.t()
+    least, most = BLOCK_ROWS
+    rows = min(max(BLOCK_BYTES // (C * dtype.itemsize), least), most)
+    for start in range(0, R, rows):
+        block = features[start : start + rows]
+        logits = _product(block, prototypes)
+        kept, argument = _block_targets(targets, target_temperature, index, start, start + len(block))
+        native.module().prototype_cross_entropy_rows(
+            *logits.shape,
+            logits.data_ptr(),
+            dtype == torch.bfloat16,
+            argument,
+            temperature,
+            1 / R if any(needs) else 0.0,
+            losses[start:].data_ptr(),
+            torch.get_num_threads(),
+        )
+        if needs_features:
+            grad_features[start : start + rows] = _product(logits, transposed)
+        if needs_prototypes:
+            part = _product(block.t(), logits.t())
+            grad_prototypes_t = grad_prototypes_t.add_(part) if start else part.float()
+            del part
+        del logits, kept  # or the next block's would stand beside them
+    return losses.mean().float(), grad_features, grad_prototypes_t
+
+
+def _block_targets(
+    targets: list[Tensor], temperature: float, index: Tensor | None, start: int, stop: int
+) -> tuple[list[Tensor | None], tuple]:
+    """What rows [start, stop) learn, for the native module, and the tensors that have to live as long."""
+    index = None if index is None else index[start:stop]
+    if len(targets) == 1:
+        classes = targets[0] if index is not None else targets[0][start:stop]
+        classes = classes.contiguous()
+        return [classes, index], (0, False, 0, 0, 0, 1.0, classes.data_ptr(), _address(index))
+    row, column, *source = targets
+    if len(source) == 2:  # the logits of those targets alone that the rows learn
+        wanted: Tensor | slice = slice(start, stop)
+        if index is not None:
+            wanted, index = torch.unique(index, return_inverse=True)
+        row, logits = row[wanted], _product(source[0][wanted], source[1])
+    elif index is None:
+        row, logits = row[start:stop], source[0][start:stop]
+    else:
+        logits = source[0]
+    addresses = logits.data_ptr(), logits.dtype == torch.bfloat16, logits.stride(0), row.data_ptr(), column.data_ptr()
+    return [logits, row, column, index], (*addresses, temperature, 0, _address(index))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left right^T. torch's own fp32 product is another library than oneDNN, at half its rate (kernels/linear)."""
+    if left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return left @ right.t()
+
+
+def _transposed(x: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[1], x.shape[0])
+    native.module().transpose(x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), False, torch.get_num_threads())
+    return out
+
+
+def _check_values(targets: list[Tensor], index: Tensor | None, R: int, C: int) -> None:
+    for name, values, size in (("index", index, len(targets[0])), ("targets", targets[0], C)):
+        if values is None or (name == "targets" and len(targets) > 1):
+            continue
+        low, high = (int(x) for x in values.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} must be 0 to {size - 1} but holds {low if low < 0 else high}")
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """With the elements of a row next to each other; rows may be strided, but not all at one place."""
+    dense = (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(0) > 0 or x.shape[0] <= 1)
+    return x if dense else x.contiguous()
+
+
+def _for_triton(
+    features: Tensor, prototypes: Tensor, targets: list[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    if len(targets) > 1:
+        targets = [x.float() if x.dtype == torch.float64 else x for x in targets]
+        targets = [*(x.float().contiguous() for x in targets[:2]), *map(_with_dense_rows, targets[2:])]
+    else:
+        targets = [targets[0].contiguous()]
+    return _with_dense_rows(features.to(dtype)), _with_dense_rows(prototypes.to(dtype)), targets
+
+
+def _sizes(features: Tensor, prototypes: Tensor, targets: list[Tensor]) -> dict[str, int]:
+    sizes = {"R": len(features), "C": len(prototypes), "E": features.shape[1]}
+    return sizes | {"D": targets[2].shape[1]} if len(targets) == 4 else sizes
 
 
 def prototype_cross_entropy(
-    logits: Tensor, targets: Tensor, *, index: Tensor | None = None, temperature: float = 0.12
+    features: Tensor,
+    prototypes: Tensor,
+    targets: SinkhornTargets | Tensor,
+    *,
+    index: Tensor | None = None,
+    temperature: float = 0.12,
 ) -> Tensor:
-    """Mean over predictions of ``-sum_c targets_c log_softmax(logits / temperature)_c``.
+    """Mean over predictions of ``-sum_c t_c log_softmax(features prototypes^T / temperature)_c``.
 
     Args:
-        logits: (R, C) floating predictions.
-        targets: (T, C) floating assignments; T = R without `index`. No gradient reaches them, and rows need not sum to
-            one.
-        index: (R,) int64, the target row that each prediction learns.
-        temperature: divides the logits.
+        features: (R, E) floating, normalised where the logits are to be cosines.
+        prototypes: (C, E) floating.
+        targets: SinkhornTargets of T rows and C prototypes, or (T,) int64 classes. No gradient reaches them. The rows
+            of t need not sum to one; their sum is kept. With features and prototypes instead of logits the targets'
+            logits are multiplied again where they are needed, in the dtype that they are given in.
+        index: (R,) int64, the target that each prediction learns; without it T = R.
+        temperature: divides the logits of the predictions.
 
     Returns:
-        0-dim fp32 loss.
+        0-dim fp32 loss, with gradients for features and prototypes. Products are taken in the wider of the dtypes of
+        features and prototypes, under autocast in its dtype; softmax, sums and gradients are fp32, and the same every
+        time. Logits, probabilities and gathered targets exist for a tile at a time, never for all of (R, C).
+        Backends: `triton` (fp32, bf16, fp16; E up to 512), `cpu` (fp32, bf16; fp16 as fp32), which computes the
+        gradients in the forward, and `reference` (fp32 with all of (R, C)).
 
     Raises:
-        ValueError: shapes that do not fit together, integer logits, a temperature that is not positive.
+        ValueError: shapes that do not fit together, no predictions, dtypes that are not floating, a temperature that
+            is not positive; on a CPU an index or a class out of range.
 
     Source: STELLAR (arXiv 2602.01905), online clustering.
     """
-    backend.pick("prototype_cross_entropy", logits.device.type)
+    sizes = check_shapes(features=(features, "RE"), prototypes=(prototypes, "CE"))
+    if not sizes["R"]:
+        raise ValueError("features has 0 rows: there is no mean over no predictions")
+    check_positive(C=sizes["C"], E=sizes["E"], temperature=temperature)
+    check_floating(features=features, prototypes=prototypes)
+    parts, target_temperature = _check_targets(targets, index, features, prototypes)
+    dtype = torch.promote_types(features.dtype, prototypes.dtype)
+    target_dtype = torch.promote_types(parts[-2].dtype, parts[-1].dtype) if len(parts) == 4 else None
+    if torch.is_autocast_enabled(features.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(features.device.type)
+        target_dtype = dtype
+    if len(parts) == 4:
+        parts = parts[:2] + [x.to(target_dtype) for x in parts[2:]]
+    name = backend.pick(_OPERATOR, features.device.type, _unfit(dtype, sizes["E"]))
+    if name == "reference":
+        return reference.prototype_cross_entropy(features.to(dtype), prototypes.to(dtype), targets, index, temperature)
+    index = None if index is None else index.contiguous()
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (features, prototypes)]
+    loss, *_ = _forward(features, prototypes, parts, target_temperature, index, temperature, dtype, needs, name)
+    return loss
+
+
+def _check_targets(
+    targets: SinkhornTargets | Tensor, index: Tensor | None, features: Tensor, prototypes: Tensor
+) -> tuple[list[Tensor], float]:
+    """The tensors of the targets, without gradient, and their temperature."""
+    rows = {"features": (features, "RE")} if index is None else {"index": (index, "R"), "features": (features, "RE")}
+    letter = "R" if index is None else "T"
+    if index is not None and index.dtype != torch.int64:
+        raise ValueError(f"index must be torch.int64 but is {index.dtype}")
+    if isinstance(targets, Tensor):
+        check_shapes(**rows, targets=(targets, letter))
+        if targets.dtype != torch.int64:
+            raise ValueError(f"targets must be SinkhornTargets or torch.int64 classes but is {targets.dtype}")
+        return [targets], 1.0
+    named = {"targets.row": (targets.row, letter), "targets.column": (targets.column, "C")}
+    if targets.logits is not None:
+        named["targets.logits"] = targets.logits, letter + "C"
+    elif targets.features is not None and targets.prototypes is not None:
+        named |= {
+            "targets.features": (targets.features, letter + "D"),
+            "targets.prototypes": (targets.prototypes, "CD"),
+        }
+    else:
+        raise ValueError("targets has neither logits nor features and prototypes")
+    check_shapes(**rows, prototypes=(prototypes, "CE"), **named)
+    check_floating(**{name: tensor for name, (tensor, _) in named.items()})
+    check_positive(**{"targets.temperature": targets.temperature})
+    return [tensor.detach() for tensor, _ in named.values()], targets.temperature
+
+
+def _unfit(dtype: torch.dtype, width: int) -> tuple[tuple[str, str], ...]:
+    if in_forward_mode():
+        return tuple((name, "it has no forward-mode derivative") for name in ("triton", "cpu"))
+    if dtype not in DTYPES:
+        return tuple((name, f"it does not compute in {dtype}") for name in ("triton", "cpu"))
+    return (("triton", f"E {width} is above {WIDEST}"),) if width > WIDEST else ()
+
+
+def cross_entropy_of_logits(
+    logits: Tensor, targets: Tensor, *, index: Tensor | None = None, temperature: float = 0.12
+) -> Tensor:
+    """The same loss of (R, C) logits and (T, C) assignments that are there anyway, in fp32."""
     if index is None:
         check_shapes(logits=(logits, "RC"), targets=(targets, "RC"))
-    else:
-        check_shapes(logits=(logits, "RC"), targets=(targets, "TC"), index=(index, "R"))
-        if index.dtype != torch.int64:
-            raise ValueError(f"index must be torch.int64 but is {index.dtype}")
-    check_floating(logits=logits, targets=targets)
-    check_positive(temperature=temperature)
-    return reference.prototype_cross_entropy(logits, targets, index, temperature)
+    with torch.autocast(logits.device.type, enabled=False):
+        targets = targets.detach() if index is None else targets.detach()[index]
+        log_probability = torch.log_softmax(at_least_fp32(logits) / temperature, dim=-1)
+        return -(targets * log_probability).sum(dim=-1).mean()

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from stellar_fast.files import write_atomically
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # a metric of several numbers, such as matched_tokens, is a list
 _ABOUT_THE_STEP = ("step", "epoch", "progress", "seconds", "images_per_second", "skipped")
 
 
@@ -67,6 +67,11 @@ class JsonLines:
         self._file.close()
 
 
+def _numbers(record: Record) -> list[str]:
+    """What a line shows: every loss and metric that is one number."""
+    return [name for name, value in record.items() if name not in _ABOUT_THE_STEP and not isinstance(value, list)]
+
+
 def _whole_lines(path: Path) -> list[str]:
     """The lines of the file, without a last one that a killed process left unfinished."""
     if not path.exists():
@@ -88,7 +93,9 @@ class TensorBoard:
     def log(self, record: Record) -> None:
         if record["step"] % self._every == 0 and "skipped" not in record:
             for name, value in record.items():
-                if name not in ("step", "seconds"):
+                if isinstance(value, list):
+                    self._writer.add_scalars(name, {str(i): x for i, x in enumerate(value)}, record["step"])
+                elif name not in ("step", "seconds"):
                     self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
@@ -133,7 +140,7 @@ class RichProgress:
             self._live.stop()
 
     def _table(self, record: Record) -> Table:
-        names = [name for name in record if name not in _ABOUT_THE_STEP]
+        names = _numbers(record)
         table = Table.grid(padding=(0, 2), expand=False)
         columns = max(1, min(4, self._console.width // 36))
         for start in range(0, len(names), columns):
@@ -148,6 +155,6 @@ class RichProgress:
     def _line(self, record: Record) -> str:
         if "skipped" in record:
             return f"step {record['step']}: skipped, not finite: {', '.join(record['skipped'])}"
-        numbers = "  ".join(f"{name} {record[name]:.4g}" for name in record if name not in _ABOUT_THE_STEP)
+        numbers = "  ".join(f"{name} {record[name]:.4g}" for name in _numbers(record))
         percent, speed = 100 * record["progress"], record["images_per_second"]
         return f"step {record['step']}  {percent:.0f} %  {speed:.1f} images/s  {numbers}"

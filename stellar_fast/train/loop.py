@@ -248,13 +248,14 @@ class _Trainer:
                 sums[name] = sums.get(name, 0) + value.detach().float() / config.accumulate
         norm = nn.utils.clip_grad_norm_(self.parameters, config.clip)
         losses = {"grad_norm": norm, **sums}
-        metrics = predictions["metrics"]
-        values = self.ranks.mean(torch.stack([v.detach().float() for v in (*losses.values(), *metrics.values())]))
+        found = losses | predictions["metrics"]
+        values = self.ranks.mean(torch.cat([v.detach().float().flatten() for v in found.values()]))
         skip = 1 - torch.isfinite(values[: len(losses)]).all().float()
         self.optimizer.step_unless(skip)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return _Reading(self.step, self.batches_seen / self.epoch_batches, lr, list(losses), list(metrics), values)
+        sizes = {name: v.numel() if v.dim() else 0 for name, v in found.items()}
+        return _Reading(self.step, self.batches_seen / self.epoch_batches, lr, list(losses), sizes, values)
 
     def _report(self, reading: _Reading) -> None:
         values = reading.values()
@@ -350,19 +351,20 @@ class _Trainer:
 
 
 class _Reading:
-    """The numbers of one step on their way from the device."""
+    """The numbers of one step on their way from the device; `sizes` of those that are lists, 0 for a number alone."""
 
     def __init__(
-        self, step: int, epoch: float, lr: float, losses: list[str], metrics: list[str], values: Tensor
+        self, step: int, epoch: float, lr: float, losses: list[str], sizes: dict[str, int], values: Tensor
     ) -> None:
         self.step, self.epoch, self.lr, self.losses = step, epoch, lr, losses
-        self._names = losses + metrics
+        self._sizes = sizes
         self._values = values.to("cpu", non_blocking=True)
         self._arrived = torch.cuda.Event() if values.is_cuda else None
         if self._arrived:
             self._arrived.record()
 
-    def values(self) -> dict[str, float]:
+    def values(self) -> dict[str, Any]:
         if self._arrived:
             self._arrived.synchronize()
-        return dict(zip(self._names, self._values.tolist(), strict=True))
+        values = iter(self._values.tolist())
+        return {name: [next(values) for _ in range(n)] if n else next(values) for name, n in self._sizes.items()}

@@ -184,7 +184,7 @@ def test_defaults_are_upstreams():
     )
     assert [model.config[name] for name in sizes] == [16, 16384, 256, 2048, 8, 8]
     assert model.config["decoder"]["num_hidden_layers"] == 6
-    assert (model.masking_ratio, model.logits_temp, model.teacher_momentum) == (0.75, 0.12, 0.996)
+    assert (model.masking_ratio, model.config["logits_temp"], model.teacher_momentum) == (0.75, 0.12, 0.996)
     assert model.encoder.spatial_temp == 0.06
     assert model.local_size == 96
 
