@@ -3,7 +3,9 @@
 T rows, I input width, O output width.
 """
 
+import math
 import threading
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +22,7 @@ Gelu = Literal["input", "output"] | None
 # saves: 2 cores of a Zen 5 do 2^20 of them in about 10 us either way.
 SMALL_PRODUCT = 1 << 20
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-SCRATCH_LIMIT = 64 * 2**20
+SCRATCH_LIMIT = 64 * 2**20  # of each of three blocks
 _OPERATOR = "linear"
 _of_thread = threading.local()
 
@@ -30,7 +32,7 @@ _of_thread = threading.local()
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, keep: bool) -> tuple[Tensor, Tensor]:
     backend.ran(_OPERATOR, "onednn")
     if gelu == "input":
-        x = _gelu(x)
+        x = _gelu(x, _scratch(x.shape, x.dtype, "gelu"))
     if gelu == "output" and not keep:
         # the algorithm "none" is oneDNN's exact GELU, "tanh" its approximation
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), x.new_empty(0)
@@ -60,11 +62,15 @@ def _backward(
     if gelu == "input" and needs_x:
         grad_x, x = _gelu_backward(x, grad_x, needs_weight, in_place=True)
     elif gelu == "input":
-        x = _gelu(x)
+        x = _gelu(x, _scratch(x.shape, x.dtype, "gelu"))
+    sums = None
     if needs_weight:
-        grad_weight = product("grad_weight", _choose("grad_weight", x, weight), grad, x)
+        chosen = _choose("grad_weight", x, weight)
+        if needs_bias and _transposes_gradient(chosen):
+            sums = grad.new_zeros(grad.shape[1], dtype=torch.float32)
+        grad_weight = _grad_weight(chosen, grad, x, sums)
     if needs_bias:
-        grad_bias = grad.sum(0)
+        grad_bias = grad.sum(0) if sums is None else sums.to(grad.dtype)
     return grad_x, grad_weight, grad_bias
 
 
@@ -106,38 +112,56 @@ def product(direction: str, chosen: config.Product, left: Tensor, right: Tensor,
     if direction == "grad_input":
         if chosen.way == "matmul":
             return left @ right
-        return _pointwise(left, _transposed(right) if chosen.way == "transposed" else right.t())
-    slices = max(1, -(-len(left) // chosen.slice_rows)) if chosen.slice_rows else 1
+        return _pointwise(left, _transposed(right, "right") if chosen.way == "transposed" else right.t())
+    return _grad_weight(chosen, left, right)
+
+
+def _transposes_gradient(chosen: config.Product) -> bool:
+    return native.available() and chosen.way in ("transposed", "half_transposed")
+
+
+def _grad_weight(chosen: config.Product, grad: Tensor, x: Tensor, sums: Tensor | None = None) -> Tensor:
+    """grad^T x; its column sums, the bias's gradient, are added to `sums` on the way of those that transpose grad."""
+    slices = max(1, -(-len(grad) // chosen.slice_rows)) if chosen.slice_rows else 1
     total = None
-    for grad, x in zip(left.chunk(slices), right.chunk(slices), strict=True):
-        out = _grad_weight(chosen.way, grad, x)
+    for part, rows in zip(grad.chunk(slices), x.chunk(slices), strict=True):
+        out = _grad_weight_of_slice(chosen.way, part, rows, sums)
         total = out if total is None else total.add_(out)
     assert total is not None
     return total
 
 
-def _grad_weight(way: str, grad: Tensor, x: Tensor) -> Tensor:
-    """grad^T x in the layout of the weight: autograd would copy a transposed one."""
+def _grad_weight_of_slice(way: str, grad: Tensor, x: Tensor, sums: Tensor | None) -> Tensor:
+    """In the layout of the weight: autograd would copy a transposed one."""
     if len(grad) == 0 or way == "matmul":
         return grad.t() @ x
     if way == "pointwise":
         return _pointwise(grad.t(), x.t())
     if way == "transposed":
-        return _pointwise(_transposed(grad), _transposed(x))
+        return _pointwise(_transposed(grad, "left", sums), _transposed(x, "right"))
     if way == "half_transposed":
-        return _transposed(grad) @ x
+        return _transposed(grad, "left", sums) @ x
     like_weight = x.new_empty(()).expand(grad.shape[1], x.shape[1])  # asked for its shape alone
     return torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like_weight, False)[0]
 
 
-def _transposed(x: Tensor) -> Tensor:
-    """A dense copy of x^T; without the native module a view, since torch's own copy takes longer than it saves."""
+def _transposed(x: Tensor, place: str, sums: Tensor | None = None) -> Tensor:
+    """A dense copy of x^T in scratch memory, and its row sums added to `sums` (fp32).
+
+    Without the native module a view, since torch's own copy takes longer than it saves.
+    """
     if not native.available():
         return x.t()
     x = _with_dense_rows(x)
-    out = x.new_empty(x.shape[1], x.shape[0])
+    out = _scratch((x.shape[1], x.shape[0]), x.dtype, place)
     native.module().transpose(
-        x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), x.dtype == torch.bfloat16, torch.get_num_threads()
+        x.data_ptr(),
+        x.stride(0),
+        *x.shape,
+        out.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
     )
     return out
 
@@ -146,30 +170,32 @@ def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tenso
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
-def _gelu(x: Tensor) -> Tensor:
+def _gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """gelu(x), in `out` where it is given and can be."""
     if not native.available():
         return F.gelu(x)
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     native.module().gelu_forward(
         x.data_ptr(), out.data_ptr(), x.numel(), x.dtype == torch.bfloat16, torch.get_num_threads()
     )
     return out
 
 
-def _scratch(like: Tensor) -> Tensor:
-    """Memory of a tensor's shape and dtype until the next call in this thread, kept where that is not much.
+def _scratch(shape: Sequence[int], dtype: torch.dtype, place: str) -> Tensor:
+    """Memory until the next call for the same `place` in this thread, kept where it is not much.
 
-    Each layer's backward needs it, and a block of this size that is freed goes back to the system each time: its page
-    faults cost more than what is computed in it (docs/log.md).
+    Each layer needs these blocks, and one of this size that is freed goes back to the system each time: its page faults
+    cost more than what is computed in it (docs/log.md).
     """
-    size = like.numel() * like.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if size > SCRATCH_LIMIT:
-        return torch.empty_like(like)
-    kept = getattr(_of_thread, "scratch", None)
+        return torch.empty(shape, dtype=dtype)
+    kept = getattr(_of_thread, place, None)
     if kept is None or kept.numel() < size:
-        kept = _of_thread.scratch = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(like.dtype).view(like.shape)
+        kept = torch.empty(size, dtype=torch.uint8)
+        setattr(_of_thread, place, kept)
+    return kept[:size].view(dtype).view(shape)
 
 
 def _gelu_backward(x: Tensor, grad: Tensor, again: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor]:
@@ -177,7 +203,7 @@ def _gelu_backward(x: Tensor, grad: Tensor, again: bool = False, in_place: bool 
     if not native.available():
         return torch.ops.aten.gelu_backward(grad, x), F.gelu(x) if again else x
     x, grad = x.contiguous(), grad.contiguous()
-    grad_x, out = grad if in_place else torch.empty_like(x), _scratch(x) if again else x
+    grad_x, out = grad if in_place else torch.empty_like(x), _scratch(x.shape, x.dtype, "gelu") if again else x
     native.module().gelu_backward(
         x.data_ptr(),
         grad.data_ptr(),
