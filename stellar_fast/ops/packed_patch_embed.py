@@ -13,7 +13,7 @@ from torch import Tensor
 from stellar_fast import backend
 from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.packed_patch_embed import reference
-from stellar_fast.ops.checks import check_shapes, in_forward_mode
+from stellar_fast.ops.checks import autocast_dtype, check_devices, check_shapes, in_forward_mode
 from stellar_fast.ops.linear import linear
 
 RANGE_SLACK = 1e-3  # resizing overshoots by rounding; what is normalised or up to 255 is far beyond
@@ -236,6 +236,7 @@ def packed_patch_embed(
         )
     patch = sizes["p"], sizes["q"]
     for view, position, keep in zip(images, positions, keep_indices, strict=True):
+        check_devices(weight=weight, images=view, positions=position, **{} if keep is None else {"keep_indices": keep})
         check_images(view, max(patch))
         num_patches = _num_patches(view, patch)
         if tuple(position.shape) != (1 + num_patches, sizes["D"]):
@@ -245,8 +246,7 @@ def packed_patch_embed(
     tensors = weight, bias, *positions, cls_token, sparse_tokens
     name = backend.pick(_OPERATOR, weight.device.type, _unfit(images, tensors, mean, std))
     if name == "triton":
-        device = weight.device.type
-        projected = weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weight
+        projected = weight.to(autocast_dtype(weight.device) or weight.dtype)
         dtypes = projected.dtype, cls_token.dtype, sparse_tokens.dtype, *(position.dtype for position in positions)
         keeps = [weight.new_empty(0, dtype=torch.int64) if keep is None else keep for keep in keep_indices]
         dtype = functools.reduce(torch.promote_types, dtypes)

@@ -185,6 +185,7 @@ def test_autocast_projects_in_bf16_and_adds_in_fp32(backend, device):
     [
         ({"images": [torch.zeros(2, 4, 8, 8)]}, r"images must be \(B, 3, H, W\) but has shape \(2, 4, 8, 8\)"),
         ({"images": [torch.full((2, 3, 8, 8), 2.0)]}, r"must lie in \[0, 1\] but span \[2, 2\]"),
+        ({"images": [torch.zeros(2, 3, 8, 8, device="meta")]}, "images is on meta but weight is on cpu"),
         ({"images": []}, "there are 0 images, 1 positions and 0 keep_indices"),
         ({"positions": [torch.zeros(4, 6)]}, r"positions must be \(5, 6\) but has shape \(4, 6\)"),
         ({"bias": torch.zeros(5)}, "bias has D=5 but weight has D=6"),
