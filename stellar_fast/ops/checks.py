@@ -1,5 +1,7 @@
 """Argument checks shared by the doors, and what torch is doing around the call."""
 
+import os
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -52,6 +54,12 @@ def check_positive(**named: float) -> None:
     for name, value in named.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive but is {value}")
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether to read values: on a CPU; elsewhere it waits for the device, so only under STELLAR_FAST_CHECK=1."""
+    readable = tensor.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1"
+    return readable and not torch.compiler.is_compiling()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
