@@ -18,7 +18,7 @@ constexpr int QUERY_BLOCK = 48;  // rows of scores at once: 48 x 213 and their g
 
 int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
 
-constexpr size_t KEPT_FLOATS = 8 << 18;  // 8 MiB: enough for 3000 keys of 64 channels, backward too
+constexpr size_t KEPT_FLOATS = 8 << 18;  // 8 MiB: enough for 4000 keys of 64 channels, backward too
 
 // Scratch of one thread, kept for the next call: a fresh one would pay for its page faults again. Long sequences take more than KEPT_FLOATS,
 // which goes back after the call.

@@ -4,7 +4,6 @@ N images of a view, P patches of its grid, D width, K sparse tokens, T rows of a
 """
 
 import functools
-import os
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from stellar_fast import backend
 from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.packed_patch_embed import reference
-from stellar_fast.ops.checks import autocast_dtype, check_devices, check_shapes, in_forward_mode
+from stellar_fast.ops.checks import autocast_dtype, check_devices, check_shapes, in_forward_mode, values_are_checked
 from stellar_fast.ops.linear import linear
 
 RANGE_SLACK = 1e-3  # resizing overshoots by rounding; what is normalised or up to 255 is far beyond
@@ -36,7 +35,7 @@ def check_images(images: Tensor, patch_size: int, name: str = "images", values: 
         return
     if not images.is_floating_point():
         raise ValueError(f"{name} must be uint8 or floating point in [0, 1] but is {images.dtype}")
-    if values and images.numel() and _values_are_checked(images):
+    if values and images.numel() and values_are_checked(images):
         low, high = (bound.item() for bound in torch.aminmax(images.detach()))
         if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
             raise ValueError(f"{name} must lie in [0, 1] but span [{low:.6g}, {high:.6g}]; do not normalise them")
@@ -49,7 +48,7 @@ def check_keep_indices(keep_indices: Tensor, num_images: int, num_patches: int) 
         raise ValueError(f"keep_indices must be ({num_images}, 1 to {num_patches}) but has shape {shape}")
     if keep_indices.dtype != torch.int64:
         raise ValueError(f"keep_indices must be torch.int64 but is {keep_indices.dtype}")
-    if keep_indices.numel() and _values_are_checked(keep_indices):
+    if keep_indices.numel() and values_are_checked(keep_indices):
         low, high = (bound.item() for bound in torch.aminmax(keep_indices))
         if low < 0 or high >= num_patches:
             raise ValueError(f"keep_indices span [{low}, {high}] but the image has {num_patches} patches")
@@ -58,11 +57,6 @@ def check_keep_indices(keep_indices: Tensor, num_images: int, num_patches: int) 
 def to_unit_range(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Images as floating point in [0, 1], from that or from uint8."""
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
-
-
-def _values_are_checked(tensor: Tensor) -> bool:
-    readable = tensor.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1"
-    return readable and not torch.compiler.is_compiling()
 
 
 # keep_indices: (N, kept), or (0,) for all patches. A list with None in it is no list of tensors to register_autograd,

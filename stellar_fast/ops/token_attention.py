@@ -3,6 +3,7 @@
 T rows of all sequences, H heads, d channels a head, N sequences.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -163,7 +164,8 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 # q, k and v side by side in one tensor, as one projection writes them: the gradient is one tensor too, without a copy.
 @torch.library.custom_op("stellar_fast::token_self_attention", mutates_args=())
 def _self_attend(qkv: Tensor, starts: Tensor, sizes: list[int], scale: float, name: str) -> tuple[Tensor, Tensor]:
-    return _forward(*qkv.unbind(1), starts, starts, sizes, scale, name)
+    q, k, v = qkv.unbind(1)
+    return _forward(q, k, v, starts, starts, sizes, scale, name)
 
 
 @_self_attend.register_fake
@@ -177,7 +179,8 @@ def _self_attend_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts: Tensor, sizes: list[int], scale: float, name: str
 ) -> Tensor:
     grad = qkv.new_empty(qkv.shape)
-    _backward(grad_out, *qkv.unbind(1), out, lse, starts, starts, sizes, scale, name, grad.unbind(1))
+    q, k, v = qkv.unbind(1)
+    _backward(grad_out, q, k, v, out, lse, starts, starts, sizes, scale, name, grad.unbind(1))
     return grad
 
 
@@ -323,7 +326,7 @@ def _lengths(
         found_q, found_k = starts_q.tolist(), starts_k.tolist()
         _check_ranges("q", found_q, q)
         _check_ranges("k", found_k, k)
-        lengths_q, lengths_k = ([b - a for a, b in zip(x, x[1:], strict=False)] for x in (found_q, found_k))
+        lengths_q, lengths_k = ([b - a for a, b in itertools.pairwise(x)] for x in (found_q, found_k))
         groups = [(1, *lengths) for lengths in zip(lengths_q, lengths_k, strict=True)]
     else:
         _check_groups(q, k, groups)
@@ -332,7 +335,8 @@ def _lengths(
             raise ValueError(f"cu_seqlens_q has {starts_q.shape[0] - 1} sequences but groups have {count}")
         if values_are_checked(starts_q):
             _check_agreement("q", starts_q, q, groups, 1)
-            _check_agreement("k", starts_k, k, groups, 2)
+            if starts_k is not starts_q or any(group[1] != group[2] for group in groups):
+                _check_agreement("k", starts_k, k, groups, 2)
     return groups, starts_q.contiguous(), starts_k.contiguous()
 
 
@@ -349,7 +353,7 @@ def _check_groups(q: Tensor, k: Tensor, groups: Groups) -> None:
 def _check_ranges(name: str, starts: list[int], x: Tensor) -> None:
     if starts[0] != 0 or starts[-1] != x.shape[0]:
         raise ValueError(f"cu_seqlens_{name} must run from 0 to {x.shape[0]} but runs from {starts[0]} to {starts[-1]}")
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in itertools.pairwise(starts):
         if end < start:
             raise ValueError(f"cu_seqlens_{name} must not fall but goes from {start} to {end}")
 
