@@ -159,7 +159,8 @@ def peak_extra_mib(call: Call, device: torch.device) -> float | None:
     """Memory in MiB that one call needs at its peak beyond what is held before it.
 
     CUDA: torch's allocator. Linux on the CPU: resident memory of the process, after glibc has handed its free blocks
-    back, so that memory which torch does not see (oneDNN, native code) counts too. None where the system cannot tell.
+    back and operators what they keep between calls, so that this and memory which torch does not see (oneDNN, native
+    code) count too. None where the system cannot tell.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -169,6 +170,9 @@ def peak_extra_mib(call: Call, device: torch.device) -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
+        from stellar_fast.ops.linear import release_scratch
+
+        release_scratch()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present size
         before_kib = _status_kib("VmRSS")

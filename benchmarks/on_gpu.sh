@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds, checks and measures on a machine with an NVIDIA GPU, without network; needs torch >= 2.11, triton >= 3.6, nvcc, cmake,
-# ninja, pybind11, scikit-build-core, pytest, hypothesis. Installs nothing but this project.
+# ninja, pybind11, scikit-build-core, numpy, pillow, pyyaml, safetensors, huggingface_hub, typer, rich, pytest, pytest-benchmark,
+# hypothesis. Installs nothing but this project.
 #
 #   benchmarks/on_gpu.sh [--out DIR] [STAGE...]      stages: build tests inspect attention lowrank ops models profile (default: all)
 #

@@ -223,9 +223,10 @@ void gelu_backward_checked(uintptr_t x, uintptr_t grad, uintptr_t grad_x, uintpt
                 threads);
 }
 
-void transpose_checked(uintptr_t in, ptrdiff_t stride, int rows, int columns, uintptr_t out, bool is_bfloat16, int threads) {
+void transpose_checked(uintptr_t in, ptrdiff_t stride, int rows, int columns, uintptr_t out, uintptr_t sums, bool is_bfloat16,
+                       int threads) {
   const py::gil_scoped_release release;
-  transpose(address<const void>(in), stride, rows, columns, address<void>(out), is_bfloat16, threads);
+  transpose(address<const void>(in), stride, rows, columns, address<void>(out), address<float>(sums), is_bfloat16, threads);
 }
 
 // (address, whether bf16 rather than fp32, image stride, view stride, token stride), strides in elements.

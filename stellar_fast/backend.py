@@ -44,7 +44,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "linear": ("onednn", "torch", "reference"),
     "lowrank_product": ("triton", "cpu", "reference"),
     "nearest_code": ("reference",),
-    "packed_patch_embed": ("torch", "reference"),
+    "packed_patch_embed": ("triton", "torch", "reference"),
     "prototype_cross_entropy": ("triton", "cpu", "reference"),
     "sinkhorn": ("triton", "cpu", "reference"),
     "token_attention": ("triton", "cpu", "torch", "flash_attn", "xformers", "reference"),

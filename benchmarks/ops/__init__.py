@@ -4,5 +4,6 @@
     ARGUMENTS    optional: arguments that differ from the spec's
 
 Backends of this package come as providers by themselves (`stellar_fast.cpu`, ...). `benchmarks/operators.py` verifies
-all of them against fp64 and times what agrees.
+all of them against fp64 and times what agrees. A provider that does not take a device, shape or dtype raises its
+`DoesNotRun`.
 """

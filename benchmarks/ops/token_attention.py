@@ -1,11 +1,18 @@
-"""torch's attention over the runs of equal length, as upstream calls it for each kind of view."""
+"""torch's attention over the runs of equal length, as upstream calls it for each kind of view.
+
+`plain` leaves the choice of SDPA's backend to torch; on CUDA each of them runs as a provider of its own too.
+"""
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.operators import DoesNotRun, Provider
 
 
 def plain(
@@ -26,4 +33,25 @@ def plain(
     return torch.cat(outs)
 
 
-PROVIDERS = {"plain": plain}
+def by(backend: SDPBackend) -> Provider:
+    """`plain` by one of SDPA's backends, which may not take the dtype or the head's width."""
+
+    def run(q: Tensor, **others: Any) -> Tensor:
+        if q.device.type != "cuda":
+            raise DoesNotRun("compared on CUDA only")
+        try:
+            with sdpa_kernel(backend):
+                return plain(q, **others)
+        except RuntimeError as error:
+            raise DoesNotRun(error) from None
+
+    return run
+
+
+PROVIDERS = {
+    "plain": plain,
+    "torch.sdpa_flash": by(SDPBackend.FLASH_ATTENTION),
+    "torch.sdpa_efficient": by(SDPBackend.EFFICIENT_ATTENTION),
+    "torch.sdpa_cudnn": by(SDPBackend.CUDNN_ATTENTION),
+    "torch.sdpa_math": by(SDPBackend.MATH),
+}

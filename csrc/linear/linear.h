@@ -12,6 +12,7 @@ void gelu_forward(const void *x, void *out, size_t count, bool is_bfloat16, int 
 void gelu_backward(const void *x, const void *grad, void *grad_x, void *out, size_t count, bool is_bfloat16, int threads);
 
 // out (columns x rows, dense) is the transpose of `in` (rows x columns, `stride` elements from one row to the next).
-void transpose(const void *in, ptrdiff_t stride, int rows, int columns, void *out, bool is_bfloat16, int threads);
+// Where `sums` (columns) is not null, the sum of each column of `in` is added to it.
+void transpose(const void *in, ptrdiff_t stride, int rows, int columns, void *out, float *sums, bool is_bfloat16, int threads);
 
 }  // namespace stellar_fast

@@ -219,6 +219,11 @@ STELLAR_FAST_INLINE i32v<W> load_bits(const bfloat16 *p) {
   return (i32v<W>)__builtin_convertvector(half, typename Vec<W>::u32);
 }
 
+template <int W, typename T>
+STELLAR_FAST_INLINE f32v<W> as_floats(i32v<W> bits) {
+  return (f32v<W>)(sizeof(T) == 2 ? bits << 16 : bits);
+}
+
 template <int W>
 STELLAR_FAST_INLINE void store_bits(float *p, i32v<W> bits) {
   std::memcpy(p, &bits, sizeof bits);
@@ -231,13 +236,19 @@ STELLAR_FAST_INLINE void store_bits(bfloat16 *p, i32v<W> bits) {
 }
 
 // Each round interleaves row i with row i + W / 2; after log2(W) of them a W x W block is transposed.
-template <int W, typename T>
-STELLAR_FAST_INLINE void transpose_block(const T *in, ptrdiff_t stride, T *out, ptrdiff_t out_stride) {
+template <int W, typename T, bool kSums>
+STELLAR_FAST_INLINE void transpose_block(const T *in, ptrdiff_t stride, T *out, ptrdiff_t out_stride, f32v<W> &sums) {
   static constexpr Interleaved<W> kLanes;
   const i32v<W> lower = load_bits<W>((const float *)kLanes.lower), upper = load_bits<W>((const float *)kLanes.upper);
   i32v<W> rows[W], next[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) rows[i] = load_bits<W>(in + i * stride);
+  if (kSums) {
+    f32v<W> sum = as_floats<W, T>(rows[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < W; ++i) sum += as_floats<W, T>(rows[i]);
+    sums += sum;
+  }
 #pragma GCC unroll 4
   for (int round = 1; round < W; round *= 2) {
 #pragma GCC unroll 8
@@ -252,30 +263,48 @@ STELLAR_FAST_INLINE void transpose_block(const T *in, ptrdiff_t stride, T *out, 
   for (int i = 0; i < W; ++i) store_bits<W>(out + i * out_stride, rows[i]);
 }
 
-template <int W, typename T>
-STELLAR_FAST_INLINE void transpose_strip_of(const T *in, ptrdiff_t stride, int rows, int columns, T *out) {
+template <int W, typename T, bool kSums>
+STELLAR_FAST_INLINE void transpose_strip_of(const T *in, ptrdiff_t stride, int rows, int columns, T *out, float *sums) {
   int r = 0;
-  if (columns == kStrip)
+  if (columns == kStrip) {
+    f32v<W> sum[kStrip / W] = {};
     for (; r + W <= rows; r += W)
-      for (int c = 0; c < kStrip; c += W) transpose_block<W>(in + r * stride + c, stride, out + (ptrdiff_t)c * rows + r, rows);
+      for (int c = 0; c < kStrip; c += W)
+        transpose_block<W, T, kSums>(in + r * stride + c, stride, out + (ptrdiff_t)c * rows + r, rows, sum[c / W]);
+    if (kSums)
+      for (int c = 0; c < kStrip; ++c) sums[c] += sum[c / W][c % W];
+  }
   for (; r < rows; ++r)
-    for (int c = 0; c < columns; ++c) out[(ptrdiff_t)c * rows + r] = in[r * stride + c];
+    for (int c = 0; c < columns; ++c) {
+      const T x = in[r * stride + c];
+      out[(ptrdiff_t)c * rows + r] = x;
+      if (kSums) sums[c] += to_float(x);
+    }
+}
+
+template <int W, typename T>
+STELLAR_FAST_INLINE void transpose_strip_from(const void *in, ptrdiff_t stride, int rows, int columns, void *out, float *sums, int first) {
+  const T *strip = (const T *)in + first;
+  T *strip_out = (T *)out + (ptrdiff_t)first * rows;
+  const int count = std::min(kStrip, columns - first);
+  if (sums)
+    transpose_strip_of<W, T, true>(strip, stride, rows, count, strip_out, sums + first);
+  else
+    transpose_strip_of<W, T, false>(strip, stride, rows, count, strip_out, nullptr);
 }
 
 template <int W>
-STELLAR_FAST_INLINE void transpose_strip_body(const void *in, ptrdiff_t stride, int rows, int columns, void *out, int first,
+STELLAR_FAST_INLINE void transpose_strip_body(const void *in, ptrdiff_t stride, int rows, int columns, void *out, float *sums, int first,
                                               bool is_bfloat16) {
-  const ptrdiff_t offset = (ptrdiff_t)first * rows;
-  const int count = std::min(kStrip, columns - first);
   if (is_bfloat16)
-    transpose_strip_of<W>((const bfloat16 *)in + first, stride, rows, count, (bfloat16 *)out + offset);
+    transpose_strip_from<W, bfloat16>(in, stride, rows, columns, out, sums, first);
   else
-    transpose_strip_of<W>((const float *)in + first, stride, rows, count, (float *)out + offset);
+    transpose_strip_from<W, float>(in, stride, rows, columns, out, sums, first);
 }
 
 STELLAR_FAST_BY_LEVEL(transpose_strip,
-                      (const void *in, ptrdiff_t stride, int rows, int columns, void *out, int first, bool is_bfloat16),
-                      (in, stride, rows, columns, out, first, is_bfloat16))
+                      (const void *in, ptrdiff_t stride, int rows, int columns, void *out, float *sums, int first, bool is_bfloat16),
+                      (in, stride, rows, columns, out, sums, first, is_bfloat16))
 
 }  // namespace
 
@@ -289,9 +318,9 @@ void gelu_backward(const void *x, const void *grad, void *grad_x, void *out, siz
   for (size_t i = 0; i < count; i += kChunk) backward_chunk(x, grad, grad_x, out, i, std::min(kChunk, count - i), is_bfloat16);
 }
 
-void transpose(const void *in, ptrdiff_t stride, int rows, int columns, void *out, bool is_bfloat16, int threads) {
+void transpose(const void *in, ptrdiff_t stride, int rows, int columns, void *out, float *sums, bool is_bfloat16, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int first = 0; first < columns; first += kStrip) transpose_strip(in, stride, rows, columns, out, first, is_bfloat16);
+  for (int first = 0; first < columns; first += kStrip) transpose_strip(in, stride, rows, columns, out, sums, first, is_bfloat16);
 }
 
 }  // namespace stellar_fast

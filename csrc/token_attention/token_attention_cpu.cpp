@@ -18,7 +18,10 @@ constexpr int QUERY_BLOCK = 48;  // rows of scores at once: 48 x 213 and their g
 
 int padded(int n) { return (n + PAD - 1) / PAD * PAD; }
 
-// Scratch of one thread, kept for the next call: a fresh one would pay for its page faults again. At most some megabytes.
+constexpr size_t KEPT_FLOATS = 8 << 18;  // 8 MiB: enough for 4000 keys of 64 channels, backward too
+
+// Scratch of one thread, kept for the next call: a fresh one would pay for its page faults again. Long sequences take more than KEPT_FLOATS,
+// which goes back after the call.
 class Workspace {
  public:
   float *take(size_t count) {
@@ -29,6 +32,9 @@ class Workspace {
   void reserve(size_t count) {
     if (count > data_.size()) data_.resize(count);
     used_ = 0;
+  }
+  void finish() {
+    if (data_.size() > KEPT_FLOATS) std::vector<float>().swap(data_);
   }
 
  private:
@@ -370,6 +376,7 @@ void token_attention_forward(const AttentionShape &shape, Heads q, Heads k, Head
 #endif
       run_forward(task, q, k, v, out, task_lse, space);
     }
+    space.finish();
   }
 }
 
@@ -389,6 +396,7 @@ void token_attention_backward(const AttentionShape &shape, Heads grad_out, Heads
 #endif
       run_backward(task, grad_out, q, k, v, grad_q, grad_k, grad_v, space);
     }
+    space.finish();
   }
 }
 

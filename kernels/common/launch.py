@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Launch(NamedTuple):
     """A launch that was recorded instead of run: `options` holds constexprs by name, num_warps and num_stages."""
@@ -24,7 +26,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, options))
     elif all(grid):
-        kernel[grid](*arguments, **options)
+        with _current(arguments):
+            kernel[grid](*arguments, **options)
+
+
+def _current(arguments: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """The tensors' device as the current one, which is where Triton launches."""
+    device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

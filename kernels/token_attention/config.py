@@ -9,10 +9,14 @@ Registers here are those of ahead-of-time compiles (triton 3.6 and 3.9 for sm_80
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from stellar_fast.registry import Shape
+
+# Of one batch; a training batch has three at the most. Lengths in no order would otherwise take a launch a sequence.
+MOST_RUNS = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,16 @@ class Tile:
 class Config:
     forward: Tile
     backward: Tile
+
+
+class Run(NamedTuple):
+    """Sequences first to end - 1 of a batch, which one launch takes, and their longest."""
+
+    first: int
+    end: int
+    longest_q: int
+    longest_k: int
+    config: Config
 
 
 def padded(size: int) -> int:
@@ -124,7 +138,7 @@ def is_valid(config: Config, shape: Shape, dtype: torch.dtype) -> bool:
 
 def runs(
     groups: Sequence[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, device: torch.device | str
-) -> list[tuple[int, int, int, int]]:
+) -> list[Run]:
     """Split a mixed batch into launches: runs of neighbouring groups that take the same tiles.
 
     A launch pays for its longest sequence: in one for lengths 213, 56 and 53 the short ones would run through the
@@ -133,19 +147,24 @@ def runs(
     Args:
         groups: (sequences, length of q, length of k) in packed order.
         shape: with "d", the width of a head.
-
-    Returns:
-        A list of (first sequence, end, longest q, longest k).
+        dtype: of the inputs.
+        device: as for `heuristic`.
     """
-    found: list[tuple[int, int, int, int]] = []
-    last = None
+    configs = {
+        (Lq, Lk): heuristic({**shape, "Lq": Lq, "Lk": Lk}, dtype, device) for Lq, Lk in {group[1:] for group in groups}
+    }
+    found: list[Run] = []
     start = 0
-    for count, length_q, length_k in groups:
-        kind = heuristic({**shape, "Lq": length_q, "Lk": length_k}, dtype, device)
-        if kind == last:
-            first, _, longest_q, longest_k = found.pop()
-            found.append((first, start + count, max(longest_q, length_q), max(longest_k, length_k)))
-        else:
-            found.append((start, start + count, length_q, length_k))
-        start, last = start + count, kind
-    return found
+    for count, Lq, Lk in groups:
+        if count == 0:
+            continue
+        run = Run(start, start + count, Lq, Lk, configs[Lq, Lk])
+        start = run.end
+        if found and found[-1].config == run.config:
+            last = found.pop()
+            run = Run(last.first, run.end, max(last.longest_q, Lq), max(last.longest_k, Lk), run.config)
+        found.append(run)
+    if len(found) <= MOST_RUNS:
+        return found
+    Lq, Lk = max(run.longest_q for run in found), max(run.longest_k for run in found)
+    return [Run(0, start, Lq, Lk, heuristic({**shape, "Lq": Lq, "Lk": Lk}, dtype, device))]

@@ -112,6 +112,8 @@ class SparseViT(nn.Module):
 
     def forward(self, views: Sequence[ViewBatch]) -> list[ViewOutput]:
         """Run the transformer over all views in one pass of packed sequences."""
+        if not isinstance(views, Sequence):
+            raise ValueError(f"pass a tensor of images or a list of ViewBatch, not {type(views).__name__}")
         if not views:
             raise ValueError("there are 0 views: pass at least one ViewBatch")
         grids = [self._check(view) for view in views]
@@ -152,6 +154,8 @@ class SparseViT(nn.Module):
 
     def _check(self, view: ViewBatch) -> tuple[int, int]:
         """The view's grid of patches."""
+        if not isinstance(view, ViewBatch):
+            raise ValueError(f"views must be ViewBatch but one is {type(view).__name__}")
         if view.rows not in ROWS:
             raise ValueError(f"rows must be one of {', '.join(map(repr, ROWS))} but is {view.rows!r}")
         check_images(view.images, self.config.patch_size, values=False)  # the operator reads the values

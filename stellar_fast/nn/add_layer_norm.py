@@ -1,9 +1,9 @@
 """`torch.nn.LayerNorm` of a residual sum through the `add_layer_norm` operator."""
 
-import torch
 from torch import Tensor, nn
 
 from stellar_fast.ops.add_layer_norm import add_layer_norm
+from stellar_fast.ops.checks import autocast_dtype
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -11,7 +11,5 @@ class AddLayerNorm(nn.LayerNorm):
 
     def forward(self, stream: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return (stream + branch in the stream's dtype, its norm in the dtype that products run in)."""
-        device = stream.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         x, residual = (stream, None) if branch is None else (branch, stream)
-        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, dtype=dtype)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, dtype=autocast_dtype(stream.device))

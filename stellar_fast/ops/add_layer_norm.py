@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.add_layer_norm import reference
-from stellar_fast.ops.checks import check_floating, check_positive, in_forward_mode
+from stellar_fast.ops.checks import check_devices, check_floating, check_positive, in_forward_mode
 
 # Below this many elements the dispatch of a registered operator costs more than one pass over memory saves: it is
 # some 90 us forward and backward, as much as torch's own bf16 operators take for 10^5 elements on 2 cores of a Zen 5.
@@ -157,10 +157,10 @@ def add_layer_norm(
         gradients. Mean and variance are computed in fp32 whatever the dtypes, under autocast too.
         Backends: `triton` (fp32, bf16, fp16), `cpu` (fp32, bf16, mixed as they come; small tensors only when
         asked for), `torch` (add, then
-        `torch.nn.functional.layer_norm`), `reference` (fp32, `dtype` of no effect).
+        `torch.nn.functional.layer_norm`), `reference` (fp32). The first two have no second derivative.
 
     Raises:
-        ValueError: shapes that differ, a width of zero, integer tensors, an eps that is not positive.
+        ValueError: shapes or devices that differ, a width of zero, integer tensors, an eps that is not positive.
     """
     D = x.shape[-1] if x.dim() else 0
     check_positive(D=D, eps=eps)
@@ -171,12 +171,14 @@ def add_layer_norm(
             f"weight and bias must have shape ({D},) but have {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     tensors = {"x": x, "weight": weight, "bias": bias} | ({} if residual is None else {"residual": residual})
+    check_devices(**tensors)
     check_floating(**tensors)
     total_dtype = x.dtype if residual is None else torch.promote_types(residual.dtype, x.dtype)
     dtype = dtype or total_dtype
     name = backend.pick(_OPERATOR, x.device.type, _unfit((*(t.dtype for t in tensors.values()), dtype), x.numel()))
     if name == "reference":
-        return reference.add_layer_norm(x, residual, weight, bias, eps)
+        total, normed = reference.add_layer_norm(x, residual, weight, bias, eps)
+        return total.to(total_dtype), normed.to(dtype)
     if name == "torch":
         return _torch(x, residual, weight, bias, eps, dtype)
     rows = _with_dense_rows(x.reshape(-1, D))

@@ -1,5 +1,8 @@
-"""Argument checks shared by the doors."""
+"""Argument checks shared by the doors, and what torch is doing around the call."""
 
+import os
+
+import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -14,8 +17,9 @@ def check_shapes(**named: tuple[Tensor, str]) -> dict[str, int]:
         The size of every letter.
 
     Raises:
-        ValueError: a wrong number of dimensions, or a letter with two sizes; both values are named.
+        ValueError: a wrong number of dimensions, a letter with two sizes, tensors on two devices; both are named.
     """
+    check_devices(**{name: tensor for name, (tensor, _) in named.items()})
     sizes: dict[str, int] = {}
     owner: dict[str, str] = {}
     for name, (tensor, letters) in named.items():
@@ -28,6 +32,14 @@ def check_shapes(**named: tuple[Tensor, str]) -> dict[str, int]:
                 raise ValueError(f"{name} has {letter}={size} but {owner[letter]} has {letter}={sizes[letter]}")
             owner.setdefault(letter, name)
     return sizes
+
+
+def check_devices(**named: Tensor) -> None:
+    """Raise ValueError where tensors are on different devices."""
+    (first, tensor), *others = named.items()
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(f"{name} is on {other.device} but {first} is on {tensor.device}")
 
 
 def check_floating(**named: Tensor) -> None:
@@ -44,6 +56,27 @@ def check_positive(**named: float) -> None:
             raise ValueError(f"{name} must be positive but is {value}")
 
 
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether to read values: on a CPU; elsewhere it waits for the device, so only under STELLAR_FAST_CHECK=1."""
+    readable = tensor.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1"
+    return readable and not torch.compiler.is_compiling()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of products under autocast on this device, None where that is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives are asked for: a registered operator has none, and torch would take zero."""
-    return forward_ad._current_level >= 0
+    """Whether forward-mode derivatives or a transform of torch.func are asked for.
+
+    A registered operator has neither: torch would take zero for the one and refuse the other.
+    """
+    return forward_ad._current_level >= 0 or _in_functorch()
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a trace is never inside of a transform

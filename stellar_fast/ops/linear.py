@@ -3,7 +3,9 @@
 T rows, I input width, O output width.
 """
 
+import math
 import threading
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.linear import config, reference
-from stellar_fast.ops.checks import check_floating, in_forward_mode
+from stellar_fast.ops.checks import autocast_dtype, check_devices, check_floating, in_forward_mode
 
 Gelu = Literal["input", "output"] | None
 
@@ -20,7 +22,8 @@ Gelu = Literal["input", "output"] | None
 # saves: 2 cores of a Zen 5 do 2^20 of them in about 10 us either way.
 SMALL_PRODUCT = 1 << 20
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-SCRATCH_LIMIT = 64 * 2**20
+# Of each of three blocks: a hidden activation of 2,560 rows (config.py) of 3,072 floats are 30 MiB.
+SCRATCH_LIMIT = 32 * 2**20
 _OPERATOR = "linear"
 _of_thread = threading.local()
 
@@ -30,7 +33,7 @@ _of_thread = threading.local()
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, keep: bool) -> tuple[Tensor, Tensor]:
     backend.ran(_OPERATOR, "onednn")
     if gelu == "input":
-        x = _gelu(x)
+        x = _gelu(x, _scratch(x.shape, x.dtype, "gelu"))
     if gelu == "output" and not keep:
         # the algorithm "none" is oneDNN's exact GELU, "tanh" its approximation
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), x.new_empty(0)
@@ -60,11 +63,15 @@ def _backward(
     if gelu == "input" and needs_x:
         grad_x, x = _gelu_backward(x, grad_x, needs_weight, in_place=True)
     elif gelu == "input":
-        x = _gelu(x)
+        x = _gelu(x, _scratch(x.shape, x.dtype, "gelu"))
+    sums = None
     if needs_weight:
-        grad_weight = product("grad_weight", _choose("grad_weight", x, weight), grad, x)
+        chosen = _choose("grad_weight", x, weight)
+        if needs_bias and _transposes_gradient(chosen):
+            sums = grad.new_zeros(grad.shape[1], dtype=torch.float32)
+        grad_weight = _grad_weight(chosen, grad, x, sums)
     if needs_bias:
-        grad_bias = grad.sum(0)
+        grad_bias = grad.sum(0) if sums is None else sums.to(grad.dtype)
     return grad_x, grad_weight, grad_bias
 
 
@@ -106,38 +113,56 @@ def product(direction: str, chosen: config.Product, left: Tensor, right: Tensor,
     if direction == "grad_input":
         if chosen.way == "matmul":
             return left @ right
-        return _pointwise(left, _transposed(right) if chosen.way == "transposed" else right.t())
-    slices = max(1, -(-len(left) // chosen.slice_rows)) if chosen.slice_rows else 1
+        return _pointwise(left, _transposed(right, "right") if chosen.way == "transposed" else right.t())
+    return _grad_weight(chosen, left, right)
+
+
+def _transposes_gradient(chosen: config.Product) -> bool:
+    return native.available() and chosen.way in ("transposed", "half_transposed")
+
+
+def _grad_weight(chosen: config.Product, grad: Tensor, x: Tensor, sums: Tensor | None = None) -> Tensor:
+    """grad^T x; its column sums, the bias's gradient, are added to `sums` on the way of those that transpose grad."""
+    slices = max(1, -(-len(grad) // chosen.slice_rows)) if chosen.slice_rows else 1
     total = None
-    for grad, x in zip(left.chunk(slices), right.chunk(slices), strict=True):
-        out = _grad_weight(chosen.way, grad, x)
+    for part, rows in zip(grad.chunk(slices), x.chunk(slices), strict=True):
+        out = _grad_weight_of_slice(chosen.way, part, rows, sums)
         total = out if total is None else total.add_(out)
     assert total is not None
     return total
 
 
-def _grad_weight(way: str, grad: Tensor, x: Tensor) -> Tensor:
-    """grad^T x in the layout of the weight: autograd would copy a transposed one."""
+def _grad_weight_of_slice(way: str, grad: Tensor, x: Tensor, sums: Tensor | None) -> Tensor:
+    """In the layout of the weight: autograd would copy a transposed one."""
     if len(grad) == 0 or way == "matmul":
         return grad.t() @ x
     if way == "pointwise":
         return _pointwise(grad.t(), x.t())
     if way == "transposed":
-        return _pointwise(_transposed(grad), _transposed(x))
+        return _pointwise(_transposed(grad, "left", sums), _transposed(x, "right"))
     if way == "half_transposed":
-        return _transposed(grad) @ x
+        return _transposed(grad, "left", sums) @ x
     like_weight = x.new_empty(()).expand(grad.shape[1], x.shape[1])  # asked for its shape alone
     return torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like_weight, False)[0]
 
 
-def _transposed(x: Tensor) -> Tensor:
-    """A dense copy of x^T; without the native module a view, since torch's own copy takes longer than it saves."""
+def _transposed(x: Tensor, place: str, sums: Tensor | None = None) -> Tensor:
+    """A dense copy of x^T in scratch memory, and its row sums added to `sums` (fp32).
+
+    Without the native module a view, since torch's own copy takes longer than it saves.
+    """
     if not native.available():
         return x.t()
     x = _with_dense_rows(x)
-    out = x.new_empty(x.shape[1], x.shape[0])
+    out = _scratch((x.shape[1], x.shape[0]), x.dtype, place)
     native.module().transpose(
-        x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), x.dtype == torch.bfloat16, torch.get_num_threads()
+        x.data_ptr(),
+        x.stride(0),
+        *x.shape,
+        out.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
     )
     return out
 
@@ -146,30 +171,37 @@ def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tenso
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
-def _gelu(x: Tensor) -> Tensor:
+def _gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """gelu(x), in `out` where it is given and can be."""
     if not native.available():
         return F.gelu(x)
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     native.module().gelu_forward(
         x.data_ptr(), out.data_ptr(), x.numel(), x.dtype == torch.bfloat16, torch.get_num_threads()
     )
     return out
 
 
-def _scratch(like: Tensor) -> Tensor:
-    """Memory of a tensor's shape and dtype until the next call in this thread, kept where that is not much.
+def _scratch(shape: Sequence[int], dtype: torch.dtype, place: str) -> Tensor:
+    """Memory until the next call for the same `place` in this thread, kept where it is not much.
 
-    Each layer's backward needs it, and a block of this size that is freed goes back to the system each time: its page
-    faults cost more than what is computed in it (docs/log.md).
+    Each layer needs these blocks, and one of this size that is freed goes back to the system each time: its page faults
+    cost more than what is computed in it (docs/log.md).
     """
-    size = like.numel() * like.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if size > SCRATCH_LIMIT:
-        return torch.empty_like(like)
-    kept = getattr(_of_thread, "scratch", None)
+        return torch.empty(shape, dtype=dtype)
+    kept = getattr(_of_thread, place, None)
     if kept is None or kept.numel() < size:
-        kept = _of_thread.scratch = torch.empty(size, dtype=torch.uint8)
-    return kept[:size].view(like.dtype).view(like.shape)
+        kept = torch.empty(size, dtype=torch.uint8)
+        setattr(_of_thread, place, kept)
+    return kept[:size].view(dtype).view(shape)
+
+
+def release_scratch() -> None:
+    """Give back what this thread keeps between calls."""
+    vars(_of_thread).clear()
 
 
 def _gelu_backward(x: Tensor, grad: Tensor, again: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor]:
@@ -177,7 +209,7 @@ def _gelu_backward(x: Tensor, grad: Tensor, again: bool = False, in_place: bool 
     if not native.available():
         return torch.ops.aten.gelu_backward(grad, x), F.gelu(x) if again else x
     x, grad = x.contiguous(), grad.contiguous()
-    grad_x, out = grad if in_place else torch.empty_like(x), _scratch(x) if again else x
+    grad_x, out = grad if in_place else torch.empty_like(x), _scratch(x.shape, x.dtype, "gelu") if again else x
     native.module().gelu_backward(
         x.data_ptr(),
         grad.data_ptr(),
@@ -204,10 +236,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: Gelu 
         (..., O). Backends: `onednn` (fp32 and bf16 on a CPU, forward and all gradients, unless the product is small and
         nothing was asked for; the GELU is C++ in `stellar_fast._C`), `torch`, `reference` (fp32). On CUDA `torch` is
         cuBLAS, with the bias in its epilogue. The GELU epilogue of cuBLASLt is the tanh approximation, so an exact one
-        stays a kernel of its own, and "input" keeps what torch keeps.
+        stays a kernel of its own, and "input" keeps what torch keeps. `onednn` has no second derivative, and keeps up
+        to 96 MiB of scratch memory for each thread that calls it (`release_scratch`).
 
     Raises:
-        ValueError: widths that differ, integer tensors, an unknown `gelu`.
+        ValueError: widths, devices or dtypes that differ, integer tensors, an unknown `gelu`.
     """
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)} (O, I)")
@@ -216,17 +249,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: Gelu 
     if gelu not in (None, "input", "output"):
         raise ValueError(f"gelu must be None, 'input' or 'output' but is {gelu!r}")
     tensors = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    check_devices(**tensors)
     check_floating(**tensors)
     dtypes = {t.dtype for t in tensors.values()}
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
-        dtypes = {torch.get_autocast_dtype(x.device.type)}
+    autocast = autocast_dtype(x.device)
+    if autocast is not None and torch.float64 not in dtypes:
+        dtypes = {autocast}
     name = backend.pick(_OPERATOR, x.device.type, _unfit(dtypes, x.numel() * weight.shape[0]))
+    if len(dtypes) > 1:
+        raise ValueError("x, weight and bias must have one dtype but have " + " and ".join(sorted(map(str, dtypes))))
+    (dtype,) = dtypes
     if name == "reference":
-        return reference.linear(x, weight, bias, gelu=gelu)
+        return reference.linear(x, weight, bias, gelu=gelu).to(dtype)
     if name == "torch":
         out = F.linear(F.gelu(x) if gelu == "input" else x, weight, bias)
         return F.gelu(out) if gelu == "output" else out
-    (dtype,) = dtypes
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values())
     # the casts are part of the graph, so that gradients arrive in the dtypes of the parameters
     rows = x.to(dtype).reshape(-1, x.shape[-1])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from stellar_fast import backend, native
-from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.prototype_cross_entropy import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode
 from stellar_fast.ops.sinkhorn import SinkhornTargets
@@ -245,7 +244,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _transposed(x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[1], x.shape[0])
-    native.module().transpose(x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), False, torch.get_num_threads())
+    native.module().transpose(x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), 0, False, torch.get_num_threads())
     return out
 
 
@@ -370,14 +369,3 @@ def _unfit(dtype: torch.dtype, width: int) -> tuple[tuple[str, str], ...]:
         return tuple((name, f"it does not compute in {dtype}") for name in ("triton", "cpu"))
     return (("triton", f"E {width} is above {WIDEST}"),) if width > WIDEST else ()
 
-
-def cross_entropy_of_logits(
-    logits: Tensor, targets: Tensor, *, index: Tensor | None = None, temperature: float = 0.12
-) -> Tensor:
-    """The same loss of (R, C) logits and (T, C) assignments that are there anyway, in fp32."""
-    if index is None:
-        check_shapes(logits=(logits, "RC"), targets=(targets, "RC"))
-    with torch.autocast(logits.device.type, enabled=False):
-        targets = targets.detach() if index is None else targets.detach()[index]
-        log_probability = torch.log_softmax(at_least_fp32(logits) / temperature, dim=-1)
-        return -(targets * log_probability).sum(dim=-1).mean()

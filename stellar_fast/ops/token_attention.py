@@ -3,8 +3,10 @@
 T rows of all sequences, H heads, d channels a head, N sequences.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.token_attention import reference
-from stellar_fast.ops.checks import check_floating, check_shapes, in_forward_mode
+from stellar_fast.ops.checks import check_floating, check_shapes, in_forward_mode, values_are_checked
 
 MAX_HEAD_DIM = 128  # of the kernels; beyond it torch computes
 Groups = Sequence[tuple[int, int, int]]  # (sequences, rows of q, rows of k) in packed order
@@ -27,18 +29,19 @@ def _forward(
     v: Tensor,
     starts_q: Tensor,
     starts_k: Tensor,
-    longest: Sequence[int],
+    sizes: Sequence[int],
     scale: float,
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return out (Tq, H, d) and lse (H, Tq) fp32."""
+    """Return out (Tq, H, d) and lse (H, Tq) fp32. `sizes` are the groups' numbers in a row."""
     backend.ran(_OPERATOR, name)
-    if name == "triton":
-        from stellar_fast.kernels.token_attention import config, kernel
-
-        knobs = config.heuristic(_sizes(q, k, longest), q.dtype, q.device)
-        return kernel.launch_token_attention_fwd(q, k, v, starts_q, starts_k, *longest, scale, knobs)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    if name == "triton":
+        from stellar_fast.kernels.token_attention import kernel
+
+        for part, knobs in _launches(q, starts_q, starts_k, sizes):
+            kernel.launch_token_attention_fwd(q, k, v, *part, scale, knobs, into=(out, lse))
+        return out, lse
     native.module().token_attention_forward(
         *_native_shape(q, k, starts_q, starts_k, scale),
         *map(_heads, (q, k, v, out)),
@@ -57,21 +60,19 @@ def _backward(
     lse: Tensor,
     starts_q: Tensor,
     starts_k: Tensor,
-    longest: Sequence[int],
+    sizes: Sequence[int],
     scale: float,
     name: str,
-    into: tuple[Tensor, Tensor, Tensor],
+    into: Sequence[Tensor],
 ) -> None:
     """Write the gradients of q, k and v into `into`, which may be strided."""
     backend.ran(_OPERATOR, name)
     grad_out = _rows_of_heads(grad_out)
     if name == "triton":
-        from stellar_fast.kernels.token_attention import config, kernel
+        from stellar_fast.kernels.token_attention import kernel
 
-        knobs = config.heuristic(_sizes(q, k, longest), q.dtype, q.device)
-        kernel.launch_token_attention_bwd(
-            grad_out, q, k, v, out, lse, starts_q, starts_k, *longest, scale, knobs, out_grads=into
-        )
+        for part, knobs in _launches(q, starts_q, starts_k, sizes):
+            kernel.launch_token_attention_bwd(grad_out, q, k, v, out, lse, *part, scale, knobs, out_grads=into)
         return
     native.module().token_attention_backward(
         *_native_shape(q, k, starts_q, starts_k, scale),
@@ -80,8 +81,16 @@ def _backward(
     )
 
 
-def _sizes(q: Tensor, k: Tensor, longest: Sequence[int]) -> dict[str, int]:
-    return {"H": q.shape[1], "d": q.shape[2], "Lq": longest[0], "Lk": longest[1]}
+def _launches(
+    q: Tensor, starts_q: Tensor, starts_k: Tensor, sizes: Sequence[int]
+) -> Iterator[tuple[tuple[Tensor, Tensor, int, int], Any]]:
+    """The parts of a batch that want launches of their own: row ranges, longest sequences, and launch knobs."""
+    from stellar_fast.kernels.token_attention import config
+
+    groups = list(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
+    for first, end, longest_q, longest_k, knobs in config.runs(groups, {"d": q.shape[2]}, q.dtype, q.device):
+        part = slice(first, end + 1)
+        yield (starts_q[part], starts_k[part], longest_q, longest_k), knobs
 
 
 def _native_shape(q: Tensor, k: Tensor, starts_q: Tensor, starts_k: Tensor, scale: float) -> tuple:
@@ -101,13 +110,13 @@ def _rows_of_heads(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("stellar_fast::token_attention", mutates_args=())
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest: list[int], scale: float, name: str
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, sizes: list[int], scale: float, name: str
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, starts_q, starts_k, longest, scale, name)
+    return _forward(q, k, v, starts_q, starts_k, sizes, scale, name)
 
 
 @_attend.register_fake
-def _(q, k, v, starts_q, starts_k, longest, scale, name):
+def _(q, k, v, starts_q, starts_k, sizes, scale, name):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -121,22 +130,22 @@ def _attend_backward(
     lse: Tensor,
     starts_q: Tensor,
     starts_k: Tensor,
-    longest: list[int],
+    sizes: list[int],
     scale: float,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    _backward(grad_out, q, k, v, out, lse, starts_q, starts_k, longest, scale, name, grads)
+    _backward(grad_out, q, k, v, out, lse, starts_q, starts_k, sizes, scale, name, grads)
     return grads
 
 
 @_attend_backward.register_fake
-def _(grad_out, q, k, v, out, lse, starts_q, starts_k, longest, scale, name):
+def _(grad_out, q, k, v, out, lse, starts_q, starts_k, sizes, scale, name):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, starts_q, starts_k, ctx.longest, ctx.scale, ctx.name = inputs
+    q, k, v, starts_q, starts_k, ctx.sizes, ctx.scale, ctx.name = inputs
     ctx.save_for_backward(q, k, v, *output, starts_q, starts_k)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -145,7 +154,7 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_out: Tensor | None, _):
     if grad_out is None:
         return (None,) * 8
-    grads = _attend_backward(grad_out, *ctx.saved_tensors, ctx.longest, ctx.scale, ctx.name)
+    grads = _attend_backward(grad_out, *ctx.saved_tensors, ctx.sizes, ctx.scale, ctx.name)
     return *grads, *(None,) * 5
 
 
@@ -154,35 +163,34 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 
 # q, k and v side by side in one tensor, as one projection writes them: the gradient is one tensor too, without a copy.
 @torch.library.custom_op("stellar_fast::token_self_attention", mutates_args=())
-def _self_attend(qkv: Tensor, starts: Tensor, longest: int, scale: float, name: str) -> tuple[Tensor, Tensor]:
+def _self_attend(qkv: Tensor, starts: Tensor, sizes: list[int], scale: float, name: str) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(1)
-    return _forward(q, k, v, starts, starts, (longest, longest), scale, name)
+    return _forward(q, k, v, starts, starts, sizes, scale, name)
 
 
 @_self_attend.register_fake
-def _(qkv, starts, longest, scale, name):
+def _(qkv, starts, sizes, scale, name):
     T, _, H, d = qkv.shape
     return qkv.new_empty(T, H, d), qkv.new_empty(H, T, dtype=torch.float32)
 
 
 @torch.library.custom_op("stellar_fast::token_self_attention_backward", mutates_args=())
 def _self_attend_backward(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts: Tensor, longest: int, scale: float, name: str
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, starts: Tensor, sizes: list[int], scale: float, name: str
 ) -> Tensor:
     grad = qkv.new_empty(qkv.shape)
-    (q, k, v), (grad_q, grad_k, grad_v) = qkv.unbind(1), grad.unbind(1)
-    into = grad_q, grad_k, grad_v
-    _backward(grad_out, q, k, v, out, lse, starts, starts, (longest, longest), scale, name, into)
+    q, k, v = qkv.unbind(1)
+    _backward(grad_out, q, k, v, out, lse, starts, starts, sizes, scale, name, grad.unbind(1))
     return grad
 
 
 @_self_attend_backward.register_fake
-def _(grad_out, qkv, out, lse, starts, longest, scale, name):
+def _(grad_out, qkv, out, lse, starts, sizes, scale, name):
     return qkv.new_empty(qkv.shape)
 
 
 def _save_self(ctx, inputs, output) -> None:
-    qkv, starts, ctx.longest, ctx.scale, ctx.name = inputs
+    qkv, starts, ctx.sizes, ctx.scale, ctx.name = inputs
     ctx.save_for_backward(qkv, *output, starts)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -191,7 +199,7 @@ def _save_self(ctx, inputs, output) -> None:
 def _differentiate_self(ctx, grad_out: Tensor | None, _):
     grad = None
     if grad_out is not None:
-        grad = _self_attend_backward(grad_out, *ctx.saved_tensors, ctx.longest, ctx.scale, ctx.name)
+        grad = _self_attend_backward(grad_out, *ctx.saved_tensors, ctx.sizes, ctx.scale, ctx.name)
     return grad, None, None, None, None
 
 
@@ -228,14 +236,16 @@ def token_attention(
             May be None with `groups`.
         cu_seqlens_k: the same for k and v; None means cu_seqlens_q.
         groups: (sequences, length of q, length of k) of runs of equal lengths, in packed order, on the host: without
-            them the lengths are read from the device, which waits for it.
+            them the lengths are read from the device, which waits for it. Given both, they have to agree: checked on a
+            CPU, on CUDA under STELLAR_FAST_CHECK=1.
         scale: None takes 1 / sqrt(d).
 
     Returns:
         (Tq, H, d) of q's dtype, accumulated in fp32; zeros for a sequence without keys. Backends: `triton`, `cpu` (fp32
         and bf16), both for d <= 128; `torch` (SDPA on CUDA, two batched products on a CPU, by groups of equal lengths);
         `flash_attn` and `xformers` when asked for (written from their documentation, not yet run on a device);
-        `reference` (fp32, result in q's dtype).
+        `reference` (fp32, result in q's dtype). `triton` and `cpu` have no second derivative (a double backward
+        raises); under ``use_backend("reference")`` or ``use_backend(token_attention="torch")`` there is one.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, lengths that do not add up to the rows.
@@ -248,9 +258,8 @@ def token_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     name = backend.pick(_OPERATOR, q.device.type, _unfit(q))
     if name in ("cpu", "triton"):
-        longest = [_longest(groups, column) for column in (1, 2)]
         q, k, v = map(_rows_of_heads, (q, k, v))
-        return _attend(q, k, v, starts_q, starts_k, longest, scale, name)[0]
+        return _attend(q, k, v, starts_q, starts_k, _in_a_row(groups), scale, name)[0]
     return _by_library(q, k, v, starts_q, starts_k, groups, scale, name)
 
 
@@ -274,6 +283,9 @@ def token_self_attention(
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be (T, 3, heads, head_dim) but has shape {tuple(qkv.shape)}")
     check_floating(qkv=qkv)
+    for group in groups or ():
+        if group[1] != group[2]:
+            raise ValueError(f"groups must have one length for q and k but have {group[1]} and {group[2]}")
     name = backend.pick(_OPERATOR, qkv.device.type, _unfit(qkv))
     if name not in ("cpu", "triton"):
         q, k, v = qkv.unbind(1)
@@ -281,7 +293,7 @@ def token_self_attention(
     q = qkv[:, 0]
     groups, starts, _ = _lengths(q, q, cu_seqlens, None, groups)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return _self_attend(_rows_of_heads(qkv), starts, _longest(groups, 1), scale, name)[0]
+    return _self_attend(_rows_of_heads(qkv), starts, _in_a_row(groups), scale, name)[0]
 
 
 def _unfit(q: Tensor) -> tuple[tuple[str, str], ...]:
@@ -301,27 +313,67 @@ def _lengths(
     q: Tensor, k: Tensor, starts_q: Tensor | None, starts_k: Tensor | None, groups: Groups | None
 ) -> tuple[Groups, Tensor, Tensor]:
     """Groups on the host and row ranges on the device, each from the other where only one is given."""
-    if groups is None:
-        if starts_q is None:
+    if starts_q is None:
+        if groups is None:
             raise ValueError("token_attention needs cu_seqlens_q or groups")
-        starts_k = starts_q if starts_k is None else starts_k
-        _check_starts(q, k, starts_q, starts_k)
-        per_q, per_k = (starts.diff().tolist() for starts in (starts_q, starts_k))
-        groups = [(1, length_q, length_k) for length_q, length_k in zip(per_q, per_k, strict=True)]
+        if starts_k is not None:
+            raise ValueError(f"cu_seqlens_q is None but cu_seqlens_k has shape {tuple(starts_k.shape)}")
+        _check_groups(q, k, groups)
+        return groups, cu_seqlens(groups, 1, q.device), cu_seqlens(groups, 2, q.device)
+    starts_k = starts_q if starts_k is None else starts_k
+    _check_starts(q, k, starts_q, starts_k)
+    if groups is None:
+        found_q, found_k = starts_q.tolist(), starts_k.tolist()
+        _check_ranges("q", found_q, q)
+        _check_ranges("k", found_k, k)
+        lengths_q, lengths_k = ([b - a for a, b in itertools.pairwise(x)] for x in (found_q, found_k))
+        groups = [(1, *lengths) for lengths in zip(lengths_q, lengths_k, strict=True)]
+    else:
+        _check_groups(q, k, groups)
+        count = sum(group[0] for group in groups)
+        if starts_q.shape[0] != count + 1:
+            raise ValueError(f"cu_seqlens_q has {starts_q.shape[0] - 1} sequences but groups have {count}")
+        if values_are_checked(starts_q):
+            _check_agreement("q", starts_q, q, groups, 1)
+            if starts_k is not starts_q or any(group[1] != group[2] for group in groups):
+                _check_agreement("k", starts_k, k, groups, 2)
+    return groups, starts_q.contiguous(), starts_k.contiguous()
+
+
+def _check_groups(q: Tensor, k: Tensor, groups: Groups) -> None:
+    for group in groups:
+        if any(size < 0 for size in group):
+            raise ValueError(f"groups must not be negative but have {tuple(group)}")
     for name, x, column in (("q", q, 1), ("k", k, 2)):
         rows = sum(group[0] * group[column] for group in groups)
         if rows != x.shape[0]:
             raise ValueError(f"{name} has {x.shape[0]} rows but its sequences have {rows}")
-    if starts_q is None:
-        starts_q = cu_seqlens(groups, 1, q.device)
-        starts_k = cu_seqlens(groups, 2, q.device)
-    elif starts_k is None:
-        starts_k = starts_q
-    _check_starts(q, k, starts_q, starts_k)
-    count = sum(group[0] for group in groups)
-    if starts_q.shape[0] != count + 1:
-        raise ValueError(f"cu_seqlens_q has {starts_q.shape[0] - 1} sequences but groups have {count}")
-    return groups, starts_q.contiguous(), starts_k.contiguous()
+
+
+def _check_ranges(name: str, starts: list[int], x: Tensor) -> None:
+    if starts[0] != 0 or starts[-1] != x.shape[0]:
+        raise ValueError(f"cu_seqlens_{name} must run from 0 to {x.shape[0]} but runs from {starts[0]} to {starts[-1]}")
+    for start, end in itertools.pairwise(starts):
+        if end < start:
+            raise ValueError(f"cu_seqlens_{name} must not fall but goes from {start} to {end}")
+
+
+def _check_agreement(name: str, starts: Tensor, x: Tensor, groups: Groups, column: int) -> None:
+    """Every layer of a model comes here: one comparison of lists, and the reason only where they differ."""
+    expected = [0]
+    for group in groups:
+        count, length, at = group[0], group[column], expected[-1]
+        expected += range(at + length, at + count * length + 1, length) if length else [at] * count
+    found = starts.tolist()
+    if found != expected:
+        _check_ranges(name, found, x)
+        place = next(i for i, start in enumerate(found) if start != expected[i])
+        raise ValueError(f"cu_seqlens_{name}[{place}] is {found[place]} but groups put it at {expected[place]}")
+
+
+def _in_a_row(groups: Groups) -> list[int]:
+    """As an argument of a registered operator."""
+    return [size for group in groups for size in group]
 
 
 def _longest(groups: Groups, column: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from stellar_fast import aot
 from stellar_fast import backend as backends
 from stellar_fast.kernels.common.launch import record
+from stellar_fast.kernels.token_attention import kernel
 from stellar_fast.kernels.token_attention.config import Config, Tile, candidates, heuristic, is_valid, runs
 from stellar_fast.kernels.token_attention.kernel import (
     inspect_launches,
@@ -272,6 +273,47 @@ def test_self_attention_is_attention_of_its_thirds(backend, device, dtype):
     assert torch.equal(ours, expected) and torch.equal(whole.grad, parts.grad)
 
 
+MIXED_BATCHES = {  # groups and the sequences that each launch takes
+    "three kinds": ([(2, 70, 70), (2, 9, 20), (1, 9, 17), (1, 9, 9)], [2, 3, 1]),
+    "a part of the queries": ([(1, 33, 70), (2, 3, 20), (2, 1, 18)], [1, 4]),
+    "nothing between": ([(1, 20, 20), (0, 70, 70), (2, 18, 18)], [3]),
+    "sequences of nothing": ([(2, 40, 40), (2, 0, 9), (1, 5, 0)], [2, 3]),
+    "in no order": ([(1, 40, 40), (1, 5, 5)] * 3, [6]),
+}
+
+
+@each("batch,dtype", *[list(itertools.product(MIXED_BATCHES, (FP32, BF16)))] * 2)
+def test_a_mixed_batch_takes_a_launch_for_each_kind(batch, dtype, device, monkeypatch):
+    groups, sequences = MIXED_BATCHES[batch]
+    lengths_q, lengths_k = ([group[i] for group in groups for _ in range(group[0])] for i in (1, 2))
+    case = Case(lengths_q, lengths_k, 16, dtype, device, heads=1)
+    launches = {"fwd": [], "bwd": []}
+    for direction, done in launches.items():
+        run = getattr(kernel, f"launch_token_attention_{direction}")
+
+        def note(*args, run=run, done=done, **kwargs):
+            knobs = next(x for x in args if isinstance(x, Config))
+            starts = [x for x in args if isinstance(x, Tensor) and x.dtype == torch.int32]
+            done.append((len(starts[0]) - 1, knobs))
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, f"launch_token_attention_{direction}", note)
+
+    leaves = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    with backends.use_backend(token_attention="triton"), poisoned_memory():
+        out = token_attention(*leaves, None, groups=groups)
+        grads = torch.autograd.grad(out, leaves, case.grad_out)
+    for done in launches.values():
+        assert [count for count, _ in done] == sequences
+        assert len({knobs for _, knobs in done}) == len(sequences)
+    found = [out.detach(), *grads]
+    eager, exact = ([x for i, x in enumerate(case.formula(d)) if i != 1] for d in (dtype, torch.float64))
+    for name, ours, rough, want in zip(("out", *NAMES[2:]), found, eager, exact, strict=True):
+        want, rough = want.nan_to_num(0.0), rough.double().nan_to_num(0.0)
+        allowed = 1.5 * (rough - want).abs().max() + 8 * torch.finfo(dtype).eps * want.abs().max()
+        assert (ours.double() - want).abs().max() <= allowed, name
+
+
 # ahead of time
 
 
@@ -283,9 +325,9 @@ def figures(shape: dict[str, int], dtype: torch.dtype, arch: str) -> list[aot.Fi
 
 @pytest.mark.parametrize(("length", "d"), [(56, 64), (213, 64), (273, 80)])
 def test_full_length_kernels_multiply_by_warpgroups(length, d):
-    for kernel in figures({"Lq": length, "Lk": length, "d": d}, BF16, "sm_90"):
-        assert not kernel.problems, kernel
-        assert kernel.tensor_core.get("HGMMA", 0) > 0 or kernel.kernel.endswith("delta"), kernel
+    for found in figures({"Lq": length, "Lk": length, "d": d}, BF16, "sm_90"):
+        assert not found.problems, found
+        assert found.tensor_core.get("HGMMA", 0) > 0 or found.kernel.endswith("delta"), found
 
 
 # config
@@ -319,9 +361,21 @@ def test_what_is_not_valid():
 
 def test_a_mixed_batch_is_split_where_the_tiles_change():
     def split(*groups):
-        return runs(groups, {"d": 64}, BF16, "sm_90")
+        found = runs(groups, {"d": 64}, BF16, "sm_90")
+        for run in found:
+            assert run.config == heuristic({"Lq": run.longest_q, "Lk": run.longest_k, "d": 64}, BF16, "sm_90")
+        return [run[:4] for run in found]
 
     assert split((4, 213, 213), (32, 56, 56), (32, 53, 53)) == [(0, 4, 213, 213), (4, 68, 56, 56)]
     assert split((4, 213, 213), (32, 17, 56), (32, 1, 53)) == [(0, 4, 213, 213), (4, 36, 17, 56), (36, 68, 1, 53)]
     assert split((2, 60, 60)) == [(0, 2, 60, 60)]
+    assert split((2, 60, 60), (0, 213, 213), (1, 50, 50)) == [(0, 3, 60, 60)]
+    # more than four: one for all
+    assert split(*[(1, 213, 213), (1, 56, 56)] * 2) == [
+        (0, 1, 213, 213),
+        (1, 2, 56, 56),
+        (2, 3, 213, 213),
+        (3, 4, 56, 56),
+    ]
+    assert split(*[(1, 213, 56), (1, 56, 213)] * 3) == [(0, 6, 213, 213)]
     assert split() == []

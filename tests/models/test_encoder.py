@@ -1,5 +1,6 @@
 """StellarEncoder as a user meets it: sizes, inputs, outputs, precision, torch.compile, export of errors."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -191,3 +192,29 @@ def test_compiled_without_graph_breaks_and_output_survives(encoder):
     assert isinstance(compiled, StellarOutput)
     assert compiled.grid == (5, 3)
     torch.testing.assert_close(compiled.lowrank, encoder(images).lowrank)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([torch.zeros(1, 3, 32, 32)], "views must be ViewBatch but one is Tensor"),
+        (np.zeros((1, 3, 32, 32)), "a tensor of images or a list of ViewBatch, not ndarray"),
+    ],
+)
+def test_what_is_no_view_is_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        StellarEncoder("tiny")(images)
+
+
+def test_gradients_by_torch_func():
+    torch.manual_seed(0)
+    encoder, image = StellarEncoder("tiny"), torch.rand(1, 3, 32, 32)
+    parameters = dict(encoder.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(encoder, parameters, (image,)).lowrank.square().sum()
+
+    grads = torch.func.grad(loss)(parameters)
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    for (name, found), want in zip(grads.items(), expected, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()) + 1e-6, msg=name)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stellar_fast import StellarModel, VQGANConfig
+from stellar_fast import StellarModel, VQGANConfig, backend
 from tests.conftest import CASES, DEVICES, GOLDEN, GoldenCase, mismatches, read_golden
+from tests.harness import INLINE
+
+STEP_OPERATORS = sorted(backend.OPS.keys() - {"crop_resize", "nearest_code"})  # one is the data's, one has one backend
 
 
 def on_cpu(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -63,6 +66,27 @@ def test_eval_outputs(name, device, exact_fp32):
 def test_training_step(name, device, exact_fp32):
     case = read_golden(name)
     assert_trains_as_golden(case.model().to(device), case)
+
+
+def choices_of_backends():
+    """(backend, device, case); Triton's kernels run under the interpreter and on a GPU."""
+    for name in CASES:
+        yield from ((chosen, "cpu", name) for chosen in ("reference", "torch", "cpu", "onednn"))
+        yield pytest.param("triton", "cuda", name, marks=pytest.mark.cuda)
+        if name != "vq_patch14":  # a minute under the interpreter; patches of 14 pixels are among packed_patch_embed's
+            yield pytest.param("triton", "cpu", name, marks=pytest.mark.interpreter)
+
+
+@pytest.mark.parametrize(("chosen", "device", "name"), choices_of_backends())
+def test_training_step_on(chosen, device, name, exact_fp32):
+    """All operators of the step that have the backend take it, and it is the one that runs."""
+    case = read_golden(name)
+    chosen_by_op = {op: chosen for op in STEP_OPERATORS if chosen in backend.OPS[op]}
+    assert chosen_by_op
+    with backend.use_backend(**chosen_by_op), backend.observe() as ran:
+        assert_trains_as_golden(case.model().to(device), case)
+    if chosen not in INLINE:
+        assert {op for op, name in ran if name == chosen} == set(chosen_by_op)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -240,3 +240,34 @@ def test_wrong_input_is_named(arguments, message):
 def test_unknown_gelu_is_named():
     with pytest.raises(ValueError, match="gelu must be None, 'input' or 'output' but is 'tanh'"):
         linear(*inputs(*LARGE), gelu="tanh")
+
+
+def test_mixed_dtypes_are_refused():
+    x, weight, bias = inputs(3, 5, 7)
+    with pytest.raises(ValueError, match=r"must have one dtype but have torch\.bfloat16 and torch\.float32"):
+        linear(x, weight.bfloat16(), bias.bfloat16())
+
+
+def test_every_backend_returns_the_same_dtype():
+    x, weight, bias = (t.bfloat16() for t in inputs(*LARGE))
+    for name in ("onednn", "torch", "reference"):
+        with use_backend(linear=name):
+            assert linear(x, weight, bias).dtype == torch.bfloat16
+
+
+def test_transforms_of_torch_func_take_torch():
+    x, weight, bias = inputs(*LARGE)
+    grad = torch.func.grad(lambda w: linear(x, w, bias).square().sum())(weight)
+    torch.testing.assert_close(grad, 2 * (x @ weight.T + bias).T @ x, rtol=1e-4, atol=1e-2)
+
+
+def test_scratch_is_bounded_and_given_back():
+    module = sys.modules["stellar_fast.ops.linear"]
+    x, weight, bias = (t.requires_grad_() for t in inputs(*LARGE))
+    linear(x, weight, bias, gelu="input").sum().backward()
+    kept = vars(module._of_thread)
+    assert bool(kept) == native.available()
+    assert sum(block.numel() for block in kept.values()) <= 3 * module.SCRATCH_LIMIT
+    assert module._scratch((module.SCRATCH_LIMIT + 1,), torch.uint8, "gelu") is not kept.get("gelu")
+    module.release_scratch()
+    assert not vars(module._of_thread)
