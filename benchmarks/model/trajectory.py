@@ -66,7 +66,7 @@ def reference_of_all() -> dict[str, str]:
 
 
 def compare(steps: int) -> dict[str, np.ndarray]:
-    """Relative differences from the loss of the reference, "fused" (steps,) and "nudged" (runs, steps), and that "loss"."""
+    """The reference's "loss", and differences from it over it: "fused" (steps,) and "nudged" (runs, steps)."""
     truth = np.array(losses(steps, reference_of_all()))
     fused = np.array(losses(steps, {}))
     nudged = np.array([losses(steps, reference_of_all(), seed) for seed in range(NUDGED_RUNS)])

@@ -368,4 +368,3 @@ def _unfit(dtype: torch.dtype, width: int) -> tuple[tuple[str, str], ...]:
     if dtype not in DTYPES:
         return tuple((name, f"it does not compute in {dtype}") for name in ("triton", "cpu"))
     return (("triton", f"E {width} is above {WIDEST}"),) if width > WIDEST else ()
-

@@ -211,7 +211,7 @@ def test_operators_are_verified_timed_and_written(tmp_path, capsys) -> None:
         assert float(line["worst_check"]) < 1 and float(line["median_ms"]) > 0
     assert providers == {
         "crop_resize": {"plain", "stellar_fast.cpu"},
-        "koleo": {"plain", "stellar_fast.reference"},
+        "koleo": {"plain", "stellar_fast.cpu"},
         "linear": {"plain", "stellar_fast.onednn", "stellar_fast.torch"},
     }
     shown = capsys.readouterr().out
@@ -236,7 +236,7 @@ def test_a_wrong_operator_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(koleo.PROVIDERS, "wrong", lambda x: 1.001 * koleo.plain(x))
     arguments = ["--suite", "ops", "--op", "koleo", "--op-shape", "small", "--dtype", "fp32", "--rounds", "1"]
     assert run.main([*arguments, "--out", str(tmp_path)]) == 1
-    assert {line["provider"] for line in read_one(tmp_path)} == {"plain", "stellar_fast.reference"}
+    assert {line["provider"] for line in read_one(tmp_path)} == {"plain", "stellar_fast.cpu"}
     assert "koleo small fp32: wrong is WRONG and gets no time, worst output 0" in capsys.readouterr().err
 
 
@@ -278,7 +278,7 @@ def test_a_wrong_provider_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
         (["--dtype", "int3"], "'int3'"),
         (["--batch", "0"], "at least 1 but is 0"),
         (["--op", "koleo,crop"], "unknown operator 'crop'"),
-        (["--op", "koleo", "--op-shape", "tiny"], "koleo has no shape 'tiny'; named: small, b16, h16"),
+        (["--op", "koleo", "--op-shape", "tiny"], "koleo has no shape 'tiny'; named: small, b16, b16_masked, h16"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, capsys) -> None:

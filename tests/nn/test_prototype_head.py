@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from stellar_fast.nn.prototype_head import PrototypeHead
+from stellar_fast.ops import sinkhorn_knopp
 from tests.conftest import mismatches
 
 
@@ -29,3 +30,28 @@ def test_depth():
     assert len(PrototypeHead(8, num_layers=3, num_clusters=4).layers) == 3
     with pytest.raises(ValueError, match="predictor_layers must be at least 1 but is 0"):
         PrototypeHead(8, num_layers=0)
+
+
+def test_targets_and_loss_are_those_of_whole_logits():
+    torch.manual_seed(0)
+    head = PrototypeHead(8, 16, 4, 32, temperature=0.2, sinkhorn={"temperature": 0.1, "iterations": 2, "scale": 0.5})
+    tokens, index = torch.randn(2, 3, 8), torch.tensor([5, 0, 0, 2])
+    predicted = torch.randn(1, 4, 8)
+    with torch.no_grad():
+        expected = sinkhorn_knopp(head(tokens).flatten(0, 1), temperature=0.1, iterations=2, scale=0.5)
+    assigned = head.assign(head.features(tokens))
+    torch.testing.assert_close(assigned.targets.assignments(), expected)
+    loss = head.cross_entropy(head.features(predicted), assigned.targets, index)
+    log_probability = torch.log_softmax(head(predicted).flatten(0, 1) / 0.2, dim=1)
+    torch.testing.assert_close(loss, -(expected[index] * log_probability).sum(1).mean())
+    assert not any(t.requires_grad for t in (assigned.targets.row, assigned.targets.column, assigned.entropy))
+    entropy, used = assigned.metrics()
+    torch.testing.assert_close(entropy, torch.special.entr(expected).sum(1).mean())
+    assert used == expected.argmax(1).unique().numel()
+
+
+def test_both_losses_reach_every_weight():
+    head = PrototypeHead(8, 16, 4, 32)
+    features = head.features(torch.randn(2, 3, 8))
+    head.cross_entropy(features, head.assign(features).targets).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())

@@ -13,7 +13,7 @@ from stellar_fast.backend import OPS
 from stellar_fast.kernels.prototype_cross_entropy import reference
 from stellar_fast.kernels.prototype_cross_entropy.spec import SPEC
 from stellar_fast.ops import prototype_cross_entropy
-from stellar_fast.ops.prototype_cross_entropy import _on_cpu, cross_entropy_of_logits
+from stellar_fast.ops.prototype_cross_entropy import _on_cpu
 from stellar_fast.ops.sinkhorn import SinkhornTargets
 from tests.conftest import mismatches
 from tests.harness import check_op, check_registered, each_backend, each_dtype, each_shape, poisoned_memory
@@ -316,8 +316,7 @@ def test_fp64_is_the_references_and_forward_mode_exact():
 def test_golden_head(golden_ops):
     logits = golden_ops["head_eps.logits"].flatten(0, 1)
     assigned = golden_ops["head_eps.assignments"].flatten(0, 1)
-    losses = {"of logits": cross_entropy_of_logits(logits, assigned)}
-    T, C = assigned.shape
+    losses, (T, C) = {}, assigned.shape
     soft = SinkhornTargets(torch.zeros(T), torch.zeros(C), 1.0, assigned.log())
     for backend in ON_CPU:
         with backends.use_backend(prototype_cross_entropy=backend):
