@@ -77,7 +77,7 @@ def choices_of_backends():
             yield pytest.param("triton", "cpu", name, marks=pytest.mark.interpreter)
 
 
-@pytest.mark.parametrize(("chosen", "device", "name"), choices_of_backends())
+@pytest.mark.parametrize(("chosen", "device", "name"), list(choices_of_backends()))
 def test_training_step_on(chosen, device, name, exact_fp32):
     """All operators of the step that have the backend take it, and it is the one that runs."""
     case = read_golden(name)

@@ -310,9 +310,10 @@ def test_a_step_waits_for_nothing(config: TrainConfig, monkeypatch: pytest.Monke
     with HostReads() as reads:
         torch.ones(1).item()
     assert len(reads.found) == 1
-    # on a CPU, and there alone, the encoder looks at its inputs, and colours are changed in a list of selected images
-    door = importlib.import_module("stellar_fast.ops.packed_patch_embed")  # the package's attribute is the function
-    monkeypatch.setattr(door, "_values_are_checked", lambda tensor: False)
+    # on a CPU, and there alone, operators look at their inputs, and colours are changed in a list of selected images
+    for op in ("packed_patch_embed", "token_attention"):
+        door = importlib.import_module(f"stellar_fast.ops.{op}")  # the package's attribute is the function
+        monkeypatch.setattr(door, "values_are_checked", lambda tensor: False)
     config = change(config, accumulate=2, model=TEACHER | {"color_augmentation": False})
     model = build_model(config)
     trainer = _Trainer(config, model, build_dataset(config, model), torch.device("cpu"), Ranks())
