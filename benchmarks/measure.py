@@ -40,10 +40,11 @@ import torch.nn.functional as F
 Call = Callable[[], object]
 Timer = Callable[[Call], float]
 
+NOTHING = float("nan")  # in a row: not measured
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the result file; the fields are explained at the head of this module."""
 
@@ -61,21 +62,21 @@ class Row:
     threads: int
     allocator: str
     rounds: int
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    ratio: float
-    ratio_p20: float
-    ratio_p80: float
-    flops: float
-    bytes: int
-    gflop_per_s: float
-    gemm_gflop_per_s: float
-    gemm_share: float
-    gb_per_s: float
+    median_ms: float = NOTHING
+    p20_ms: float = NOTHING
+    p80_ms: float = NOTHING
+    ratio: float = NOTHING
+    ratio_p20: float = NOTHING
+    ratio_p80: float = NOTHING
+    flops: float = 0.0
+    bytes: int = 0
+    gflop_per_s: float = NOTHING
+    gemm_gflop_per_s: float = NOTHING
+    gemm_share: float = NOTHING
+    gb_per_s: float = NOTHING
     copy_gb_per_s: float
-    peak_extra_mib: float | None
-    worst_check: float
+    peak_extra_mib: float | None = None
+    worst_check: float = NOTHING
     torch: str
     triton: str
     python: str

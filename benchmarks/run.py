@@ -4,6 +4,7 @@
     python benchmarks/run.py --suite step --dtype fp32 --rounds 15
     python benchmarks/run.py --suite ops --op lowrank_product,token_attention --op-shape all
     python benchmarks/run.py --suite scaling --dtype fp32       how this package's cost grows, with exponents
+    python benchmarks/run.py --suite memory --dtype fp32        peak of the prototype loss at 128 images
     python benchmarks/run.py --device cuda --dtype bf16 --batch 32
 
 Prints tables and appends their rows to benchmarks/results/ (columns: benchmarks/measure.py). A provider whose results
@@ -23,18 +24,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script: th
 
 from benchmarks import measure, operators, shapes
 from benchmarks.measure import DTYPES, Row
-from benchmarks.model import encode, objective, scaling, step
+from benchmarks.model import encode, memory, objective, scaling, step
 from benchmarks.model.pair import Case
 from stellar_fast import backend
 from stellar_fast.registry import load
 
-MODEL_SUITES: dict[str, tuple[Callable[..., Case], int]] = {
-    "encode": (encode.build_case, shapes.ENCODE_BATCH),
-    "step": (step.build_case, shapes.STEP_BATCH),
-    "objective": (objective.build_case, objective.BATCH),
+MODEL_SUITES: dict[str, tuple[Callable[..., Case], int, float]] = {  # images, and weight in the budget
+    "encode": (encode.build_case, shapes.ENCODE_BATCH, 1.0),
+    "step": (step.build_case, shapes.STEP_BATCH, 1.0),
+    "objective": (objective.build_case, objective.BATCH, 0.3),
 }
 DEFAULT_SUITES = (*MODEL_SUITES, "ops")
-SUITES = (*DEFAULT_SUITES, "scaling")
+SUITES = (*DEFAULT_SUITES, "scaling", "memory")
 PROVIDERS = ("plain", "plain_compiled", "stellar_fast")
 SCALING_ROUNDS = 3
 OPS_SHARE = 0.15  # of the budget, where the models run too
@@ -53,7 +54,10 @@ class Plan:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--suite", type=_choices("suite", SUITES), default=list(DEFAULT_SUITES), help="default: encode,step,ops"
+        "--suite",
+        type=_choices("suite", SUITES),
+        default=list(DEFAULT_SUITES),
+        help="default: encode,step,objective,ops",
     )
     parser.add_argument("--preset", default="b16", help="sizes of the model (default: b16)")
     parser.add_argument("--dtype", type=_choices("dtype", DTYPES), default=list(DTYPES), help="default: fp32,bf16")
@@ -124,11 +128,11 @@ def plan(options: argparse.Namespace) -> list[Plan]:
     plans = []
     for suite in options.suite:
         if suite in MODEL_SUITES:
-            build, batch = MODEL_SUITES[suite]
+            build, batch, weight = MODEL_SUITES[suite]
             for dtype in options.dtype:
                 arguments = (options.shape, options.batch or batch, DTYPES[dtype], device, options.providers)
-                plans.append(Plan(f"{suite} {dtype}", dtype, lambda f=build, a=arguments: [f(*a)], 1.0))
-    ops_weight = len(plans) * OPS_SHARE / (1 - OPS_SHARE) or 1.0
+                plans.append(Plan(f"{suite} {dtype}", dtype, lambda f=build, a=arguments: [f(*a)], weight))
+    ops_weight = sum(planned.weight for planned in plans) * OPS_SHARE / (1 - OPS_SHARE) or 1.0
     of_ops = [case for op in (_operators(options) if "ops" in options.suite else []) for case in _op_cases(options, op)]
     for op, shape, dtype in of_ops:
         label = f"{op} {shape} {dtype}"
@@ -259,7 +263,7 @@ def time_case(
 def run_scaling(options: argparse.Namespace, facts: dict, copy_gb_per_s: float) -> list[Row]:
     """Print each series with its exponent; the rows have no ratio, for plain is not run."""
     device = torch.device(options.device)
-    timer, nothing, rows = measure.timer_for(device), float("nan"), []
+    timer, rows = measure.timer_for(device), []
     for dtype in options.dtype:
         gemm = measure.gemm_gflop_per_s(DTYPES[dtype], device, timer)
         rounds = options.rounds or SCALING_ROUNDS
@@ -290,27 +294,54 @@ def run_scaling(options: argparse.Namespace, facts: dict, copy_gb_per_s: float) 
                     direction=point.series,
                     provider="stellar_fast",
                     preset=options.shape.preset,
-                    shape=point.shape.describe(point.batch, step=point.series.startswith("step")),
+                    shape=point.shape.describe(point.batch, step=not point.series.startswith("encode")),
                     batch=point.batch,
                     dtype=dtype,
                     rounds=rounds,
                     median_ms=time_ms.median,
                     p20_ms=time_ms.p20,
                     p80_ms=time_ms.p80,
-                    ratio=nothing,
-                    ratio_p20=nothing,
-                    ratio_p80=nothing,
                     flops=point.flops,
-                    bytes=0,
                     gflop_per_s=gflop_per_s,
                     gemm_gflop_per_s=gemm,
                     gemm_share=gflop_per_s / gemm,
-                    gb_per_s=nothing,
                     copy_gb_per_s=copy_gb_per_s,
-                    peak_extra_mib=None,
-                    worst_check=nothing,
                 )
             )
+    return rows
+
+
+def run_memory(options: argparse.Namespace, facts: dict, copy_gb_per_s: float) -> list[Row]:
+    """Print the peak memory of the prototype loss and what share of plain's it is; the rows have no times."""
+    batch = options.batch or memory.BATCH
+    R, T = memory.sizes(options.shape, batch)
+    rows, lines = [], []
+    for dtype in options.dtype:
+        found = {}
+        for provider in memory.PROVIDERS:
+            say(f"memory {dtype}: {provider}")
+            found[provider] = memory.extra_mib(provider, options.preset, batch, dtype, options.device)
+            shape = f"B={batch} R={R} T={T} E={options.shape.prototype_dim} C={options.shape.num_clusters}"
+            share = f"{found[provider] / found['plain']:.1%}"
+            line = {"dtype": dtype, "provider": provider, "extra MiB": f"{found[provider]:.0f}", "of plain": share}
+            lines.append(line)
+            rows.append(
+                Row(
+                    **facts,
+                    suite="memory",
+                    op="prototype_cross_entropy",
+                    direction="forward+backward",
+                    provider=provider,
+                    preset=options.shape.preset,
+                    shape=shape,
+                    batch=batch,
+                    dtype=dtype,
+                    rounds=1,
+                    copy_gb_per_s=copy_gb_per_s,
+                    peak_extra_mib=found[provider],
+                )
+            )
+    _print_table(f"Prototype loss, {rows[0].shape}: peak beyond inputs and gradients", lines)
     return rows
 
 
@@ -393,6 +424,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(rows, facts, copy_gb_per_s)
     if "scaling" in options.suite:
         rows += run_scaling(options, facts, copy_gb_per_s)
+    if "memory" in options.suite:
+        rows += run_memory(options, facts, copy_gb_per_s)
     if rows:
         path = measure.result_path(options.out, facts)
         measure.append_rows(path, rows)

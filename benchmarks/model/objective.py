@@ -105,6 +105,11 @@ def forward_backward(
     return call, found
 
 
+def num_tokens(shape: ModelShape, batch: int) -> int:
+    """Sparse tokens of the clean and the masked views."""
+    return batch * shape.num_sparse_tokens * (1 + shape.num_masks)
+
+
 def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.device, providers: list[str]) -> Case:
     """Build the providers, verify losses and every gradient against fp32 plain, and return what to time."""
     built = {
@@ -112,7 +117,7 @@ def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.
     }
     exact = forward_backward("plain", shape, batch, torch.float32, device)[1]
     checks = compare({name: found for name, (_, found) in built.items()}, exact, dtype)
-    tokens = batch * shape.num_sparse_tokens * (1 + shape.num_masks)
+    tokens = num_tokens(shape, batch)
     return Case(
         suite="objective",
         shape=f"B={batch} {tokens} tokens D={shape.encoder.hidden_size} E={shape.prototype_dim} C={shape.num_clusters}",

@@ -1,4 +1,4 @@
-"""How the cost of this package's model grows: with the batch, the sparse tokens and the image.
+"""How the cost of this package's model grows: with the batch, the sparse tokens, the image and the prototypes.
 
 Each series is a table of medians and the exponent e of time ~ x^e, fitted over all its points in logarithms. FLOPs
 alone would give 1 for the batch, about 0 for the tokens (16 of 213) and a little over 2 for the image's side.
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Call, Summary, Timer, summarise
-from benchmarks.model import encode, step
+from benchmarks.model import encode, objective, step
 from benchmarks.model.pair import build_plain, build_stellar_fast
-from benchmarks.shapes import ModelShape, encode_flops, step_flops
+from benchmarks.shapes import ModelShape, encode_flops, head_flops, step_flops
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ def points(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Itera
 
         return Point("step, batch", batch, shape, batch, step_flops(shape, batch), build)
 
+    def learning(series: str, x: int, shape: ModelShape, batch: int) -> Point:
+        def build() -> Call:
+            return objective.forward_backward("stellar_fast", shape, batch, dtype, device)[0]
+
+        return Point(series, x, shape, batch, 3 * head_flops(shape, objective.num_tokens(shape, batch)), build)
+
     for batch in (1, 2, 4, 8, 16, 32, 64):
         yield encoding("encode, batch", batch, shape, batch)
     for batch in (1, 2, 4, 8):
@@ -54,6 +60,10 @@ def points(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> Itera
     for side in (224, 320, 416, 512):
         config = replace(shape.encoder, image_size=side)
         yield encoding("encode, image side", side, replace(shape, encoder=config), 2)
+    for batch in (2, 4, 8, 16, 32, 64):
+        yield learning("objective, batch", batch, shape, batch)
+    for clusters in (1024, 4096, 16384, 65536, 131072):
+        yield learning("objective, prototypes", clusters, replace(shape, num_clusters=clusters), 4)
 
 
 def measure_all(
