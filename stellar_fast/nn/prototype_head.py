@@ -71,9 +71,10 @@ class PrototypeHead(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Map (..., D) to normalised features (..., E), at least fp32."""
-        for layer in self.layers[:-1]:
-            x = F.gelu(layer(x))
-        return F.normalize(at_least_fp32(self.layers[-1](x)), dim=-1, eps=NORM_EPS)
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = layer(x, gelu="input")  # keeps what enters the GELU, and not what leaves it
+        return F.normalize(at_least_fp32(x), dim=-1, eps=NORM_EPS)
 
     @torch.no_grad()
     def assign(self, features: Tensor) -> Assignment:

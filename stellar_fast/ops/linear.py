@@ -109,11 +109,11 @@ def _choose(direction: str, x: Tensor, weight: Tensor) -> config.Product:
 def product(direction: str, chosen: config.Product, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """One of the three products on a CPU: x W^T + b of (x, W, b), dy W of (dy, W), or dy^T x of (dy, x)."""
     if direction == "forward":
-        return F.linear(left, right, bias) if chosen.way == "matmul" else _pointwise(left, right, bias)
+        return F.linear(left, right, bias) if chosen.way == "matmul" else pointwise(left, right, bias)
     if direction == "grad_input":
         if chosen.way == "matmul":
             return left @ right
-        return _pointwise(left, _transposed(right, "right") if chosen.way == "transposed" else right.t())
+        return pointwise(left, transposed(right, "right") if chosen.way == "transposed" else right.t())
     return _grad_weight(chosen, left, right)
 
 
@@ -137,16 +137,16 @@ def _grad_weight_of_slice(way: str, grad: Tensor, x: Tensor, sums: Tensor | None
     if len(grad) == 0 or way == "matmul":
         return grad.t() @ x
     if way == "pointwise":
-        return _pointwise(grad.t(), x.t())
+        return pointwise(grad.t(), x.t())
     if way == "transposed":
-        return _pointwise(_transposed(grad, "left", sums), _transposed(x, "right"))
+        return pointwise(transposed(grad, "left", sums), transposed(x, "right"))
     if way == "half_transposed":
-        return _transposed(grad, "left", sums) @ x
+        return transposed(grad, "left", sums) @ x
     like_weight = x.new_empty(()).expand(grad.shape[1], x.shape[1])  # asked for its shape alone
     return torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like_weight, False)[0]
 
 
-def _transposed(x: Tensor, place: str, sums: Tensor | None = None) -> Tensor:
+def transposed(x: Tensor, place: str, sums: Tensor | None = None) -> Tensor:
     """A dense copy of x^T in scratch memory, and its row sums added to `sums` (fp32).
 
     Without the native module a view, since torch's own copy takes longer than it saves.
@@ -167,7 +167,8 @@ def _transposed(x: Tensor, place: str, sums: Tensor | None = None) -> Tensor:
     return out
 
 
-def _pointwise(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+def pointwise(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """left right^T + bias by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.prototype_cross_entropy import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode
+from stellar_fast.ops.linear import pointwise, transposed
 from stellar_fast.ops.sinkhorn import SinkhornTargets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -181,7 +182,9 @@ def _on_cpu(
     grad_features = torch.empty((R, E) if needs_features else 0, dtype=torch.float32)
     grad_prototypes_t = torch.empty(0, dtype=torch.float32)
     # oneDNN's fp32 product with a transposed copy is a tenth faster than with a view
-    transposed = _transposed(prototypes) if needs_features and dtype == torch.float32 else prototypes.t()
+    across = prototypes.t()
+    if needs_features and dtype == torch.float32:
+        across = transposed(prototypes, "right")
     least, most = BLOCK_ROWS
     rows = min(max(BLOCK_BYTES // (C * dtype.itemsize), least), most)
     for start in range(0, R, rows):
@@ -199,7 +202,7 @@ def _on_cpu(
             torch.get_num_threads(),
         )
         if needs_features:
-            grad_features[start : start + rows] = _product(logits, transposed)
+            grad_features[start : start + rows] = _product(logits, across)
         if needs_prototypes:
             part = _product(block.t(), logits.t())
             grad_prototypes_t = grad_prototypes_t.add_(part) if start else part.float()
@@ -238,7 +241,7 @@ def _address(x: Tensor | None) -> int:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left right^T. torch's own fp32 product is another library than oneDNN, at half its rate (kernels/linear)."""
     if left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+        return pointwise(left, right)
     return left @ right.t()
 
 
