@@ -1,11 +1,15 @@
 """Verify, then time: this package against the same mathematics written the plain way.
 
-    python benchmarks/run.py                                    encode and one training step of b16, then the operators
+    python benchmarks/run.py                                    encode, a training step and its objective of b16, then
+                                                                the operators
     python benchmarks/run.py --suite step --dtype fp32 --rounds 15
     python benchmarks/run.py --suite ops --op lowrank_product,token_attention --op-shape all
     python benchmarks/run.py --suite scaling --dtype fp32       how this package's cost grows, with exponents
     python benchmarks/run.py --suite memory --dtype fp32        peak of the prototype loss at 128 images
+    python benchmarks/run.py --suite objective --providers plain,plain_compiled,stellar_fast
     python benchmarks/run.py --device cuda --dtype bf16 --batch 32
+
+Images by default: encode 8, step 2, objective 8, memory 128.
 
 Prints tables and appends their rows to benchmarks/results/ (columns: benchmarks/measure.py). A provider whose results
 are wrong gets no time, and the exit code is then 1.
@@ -71,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--op-shape", type=_names, help="named shapes of their specs, or all (default: each operator's first real one)"
     )
-    parser.add_argument("--batch", type=_positive, help="images of a model (default: encode 8, step 2)")
+    parser.add_argument("--batch", type=_positive, help="images (default: encode 8, step 2, objective 8, memory 128)")
     parser.add_argument("--rounds", type=_positive, help="timed rounds of each case (default: what fits the budget)")
     parser.add_argument(
         "--budget", type=float, default=210.0, help="seconds for everything without --rounds (default: 210)"
@@ -312,17 +316,27 @@ def run_scaling(options: argparse.Namespace, facts: dict, copy_gb_per_s: float) 
     return rows
 
 
-def run_memory(options: argparse.Namespace, facts: dict, copy_gb_per_s: float) -> list[Row]:
-    """Print the peak memory of the prototype loss and what share of plain's it is; the rows have no times."""
+def run_memory(options: argparse.Namespace, facts: dict, copy_gb_per_s: float) -> tuple[list[Row], int]:
+    """Print the peak memory of the prototype loss and what share of plain's it is; the rows have no times.
+
+    Returns the rows, and how many providers were wrong: their loss is not plain's.
+    """
     batch = options.batch or memory.BATCH
     R, T = memory.sizes(options.shape, batch)
-    rows, lines = [], []
+    shape = f"B={batch} R={R} T={T} E={options.shape.prototype_dim} C={options.shape.num_clusters}"
+    rows, lines, wrong = [], [], 0
     for dtype in options.dtype:
-        found = {}
+        found, losses = {}, {}
         for provider in memory.PROVIDERS:
             say(f"memory {dtype}: {provider}")
-            found[provider] = memory.extra_mib(provider, options.preset, batch, dtype, options.device)
-            shape = f"B={batch} R={R} T={T} E={options.shape.prototype_dim} C={options.shape.num_clusters}"
+            arguments = (provider, options.preset, batch, dtype, options.device)
+            found[provider], losses[provider] = memory.extra_mib(*arguments)
+            error = memory.disagreement(losses[provider], losses["plain"], dtype)
+            if not error < 1:
+                wrong += 1
+                verdict = f"loss {losses[provider]:.6g} beside plain's {losses['plain']:.6g}"
+                say(f"memory {dtype}: {provider} is WRONG and is not reported, {verdict}")
+                continue
             share = f"{found[provider] / found['plain']:.1%}"
             line = {"dtype": dtype, "provider": provider, "extra MiB": f"{found[provider]:.0f}", "of plain": share}
             lines.append(line)
@@ -340,10 +354,12 @@ def run_memory(options: argparse.Namespace, facts: dict, copy_gb_per_s: float) -
                     rounds=1,
                     copy_gb_per_s=copy_gb_per_s,
                     peak_extra_mib=found[provider],
+                    worst_check=error,
                 )
             )
-    _print_table(f"Prototype loss, {rows[0].shape}: peak beyond inputs and gradients", lines)
-    return rows
+    if lines:
+        _print_table(f"Prototype loss, {shape}: peak beyond inputs and gradients", lines)
+    return rows, wrong
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -426,7 +442,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "scaling" in options.suite:
         rows += run_scaling(options, facts, copy_gb_per_s)
     if "memory" in options.suite:
-        rows += run_memory(options, facts, copy_gb_per_s)
+        found, failed = run_memory(options, facts, copy_gb_per_s)
+        rows, wrong = rows + found, wrong + failed
     if rows:
         path = measure.result_path(options.out, facts)
         measure.append_rows(path, rows)

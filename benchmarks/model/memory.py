@@ -1,7 +1,7 @@
 """Peak memory of the prototype loss at the sizes of a large batch, forward and backward.
 
-Each provider runs in a process of its own. What counts is beyond the gradients and the inputs, among them the clean
-view's logits, or plain's assignments.
+Each provider runs in a process of its own, which also gives its loss: a peak counts for nothing where the losses part.
+What counts is beyond the gradients and the inputs, among them the clean view's logits, or plain's assignments.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from benchmarks.shapes import ModelShape, model_shape
 BATCH = 128  # images
 PROVIDERS = ("plain", "stellar_fast")
 TEMPERATURE, SINKHORN_TEMPERATURE = 0.12, 0.06
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # relative
 
 
 def sizes(shape: ModelShape, batch: int) -> tuple[int, int]:
@@ -27,13 +28,19 @@ def sizes(shape: ModelShape, batch: int) -> tuple[int, int]:
     return targets * shape.num_masks, targets
 
 
-def extra_mib(provider: str, preset: str, batch: int, dtype: str, device: str) -> float:
-    """The peak in MiB, of a fresh process."""
+def extra_mib(provider: str, preset: str, batch: int, dtype: str, device: str) -> tuple[float, float]:
+    """(The peak in MiB, the loss) of a fresh process."""
     command = [sys.executable, "-m", "benchmarks.model.memory", provider, preset, str(batch), dtype, device]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
-    return float(run.stdout.split()[-1])
+    peak, loss = run.stdout.split()[-2:]
+    return float(peak), float(loss)
+
+
+def disagreement(loss: float, plain_loss: float, dtype: str) -> float:
+    """Relative difference of a loss from plain's as a share of what is allowed: not below 1 is wrong, NaN too."""
+    return abs(loss - plain_loss) / abs(plain_loss) / LOSS_TOLERANCE[dtype]
 
 
 def _loss(provider: str, features: Tensor, prototypes: Tensor, index: Tensor, targets: tuple) -> Tensor:
@@ -48,7 +55,7 @@ def _loss(provider: str, features: Tensor, prototypes: Tensor, index: Tensor, ta
 
 
 def _call(provider: str, R: int, T: int, C: int, E: int, dtype: torch.dtype, device: torch.device):
-    """(the call, bytes of the gradients that it leaves)"""
+    """(the call, which returns the loss; bytes of the gradients that it leaves)"""
     generator = torch.Generator().manual_seed(0)
     features, clean = (F.normalize(torch.randn(n, E, generator=generator), dim=1).to(device) for n in (R, T))
     prototypes = F.normalize(torch.randn(C, E, generator=generator), dim=1).to(device)
@@ -62,18 +69,19 @@ def _call(provider: str, R: int, T: int, C: int, E: int, dtype: torch.dtype, dev
         targets = (*sinkhorn_potentials(logits, temperature=SINKHORN_TEMPERATURE), logits)
     leaves = features.requires_grad_(), prototypes.requires_grad_()
 
-    def call() -> None:
+    def call() -> Tensor:
         for x in leaves:
             x.grad = None
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = _loss(provider, *leaves, index, targets)
         loss.backward()
+        return loss.detach()
 
     return call, sum(x.nbytes for x in leaves)
 
 
 def main() -> None:
-    """Print one provider's peak: what `extra_mib` runs."""
+    """Print one provider's peak and loss: what `extra_mib` runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("provider", "preset", "batch", "dtype", "device"):
         parser.add_argument(name)
@@ -82,8 +90,9 @@ def main() -> None:
     _call(options.provider, 4, 2, 8, shape.prototype_dim, dtype, device)[0]()  # what a library loads at its first use
     R, T = sizes(shape, int(options.batch))
     call, gradients = _call(options.provider, R, T, shape.num_clusters, shape.prototype_dim, dtype, device)
-    peak = peak_extra_mib(call, device)
-    print("nan" if peak is None else peak - gradients / 2**20)
+    losses: list[Tensor] = []
+    peak = peak_extra_mib(lambda: losses.append(call()), device)
+    print("nan" if peak is None else peak - gradients / 2**20, losses[0].item())
 
 
 if __name__ == "__main__":

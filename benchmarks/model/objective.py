@@ -57,7 +57,7 @@ def build_head(provider: str, shape: ModelShape, device: torch.device) -> nn.Mod
         plain = ClusteringHead(*sizes, 2)
         with torch.no_grad():  # prototypes as long as training makes them: products are cosines, targets not one-hot
             plain.layer.weight.div_(plain.layer.weight.norm(dim=1, keepdim=True))
-    if provider == "plain":
+    if provider != "stellar_fast":
         return plain.to(device)
     ours = PrototypeHead(*sizes, temperature=TEMPERATURE, sinkhorn={"temperature": SINKHORN_TEMPERATURE})
     names = {"predictor.layers.0": "layers.0", "predictor.layers.2": "layers.1", "layer": "prototypes"}
@@ -77,21 +77,27 @@ def inputs(shape: ModelShape, batch: int, device: torch.device) -> tuple[Tensor,
     return clean.to(device).requires_grad_(), masked.to(device).requires_grad_()
 
 
+PROVIDERS = ("plain", "plain_compiled", "stellar_fast")
 LOSSES: dict[str, Losses] = {"plain": plain_losses, "stellar_fast": stellar_fast_losses}
+
+
+def losses_of(provider: str) -> Losses:
+    """What a provider computes; a new compilation at each call for "plain_compiled"."""
+    return torch.compile(plain_losses) if provider == "plain_compiled" else LOSSES[provider]
 
 
 def forward_backward(
     provider: str, shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Call, Callable[[], dict[str, Tensor]]]:
     """(The call that is timed, what it computes: losses and every gradient by name)."""
-    head, tokens = build_head(provider, shape, device), inputs(shape, batch, device)
+    head, tokens, compute = build_head(provider, shape, device), inputs(shape, batch, device), losses_of(provider)
     parameters = list(head.parameters())
 
     def call() -> tuple[Tensor, Tensor]:
         for x in (*parameters, *tokens):
             x.grad = None
         with autocast(device, dtype):
-            losses = LOSSES[provider](head, *tokens)
+            losses = compute(head, *tokens)
         sum(losses).backward()  # type: ignore[union-attr]
         return losses
 
@@ -113,7 +119,7 @@ def num_tokens(shape: ModelShape, batch: int) -> int:
 def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.device, providers: list[str]) -> Case:
     """Build the providers, verify losses and every gradient against fp32 plain, and return what to time."""
     built = {
-        name: forward_backward(name, shape, batch, dtype, device) for name in LOSSES if name in ("plain", *providers)
+        name: forward_backward(name, shape, batch, dtype, device) for name in PROVIDERS if name in ("plain", *providers)
     }
     exact = forward_backward("plain", shape, batch, torch.float32, device)[1]
     checks = compare({name: found for name, (_, found) in built.items()}, exact, dtype)

@@ -42,14 +42,17 @@ STELLAR_FAST_INLINE void put(float *p, f32v<W> v, int n) {
   std::copy(some, some + n, p);
 }
 
-// exp within 2e-7 for -69.3 <= x <= 88; 2^-100 below: nothing beside the 1e-8 of the sums, and far enough from the smallest normal float
-// that no product with it is subnormal. A NaN stays one.
+constexpr float kLargest = 69.3147181f;  // 100 log 2: no sum of such exponentials, and no product with one, leaves the normal floats
+
+// exp within 2e-7 for |x| <= kLargest. 2^-100 below: nothing beside the 1e-8 of the sums. 2^100 above, where only the rounding of
+// scores beyond 1e8 leads: the formula's own numbers are at most e^50. A NaN stays one.
 template <int W>
 STELLAR_FAST_INLINE f32v<W> exp_score(f32v<W> x) {
   typedef f32v<W> F;
   typedef i32v<W> I;
-  const F lowest = F{} - 69.3147181f;
+  const F lowest = F{} - kLargest, highest = F{} + kLargest;
   x = lowest > x ? lowest : x;
+  x = highest < x ? highest : x;
   const F shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const F r = x - (shifted - 12582912.0f) * 0.693147181f;
   F p = r * 1.38145987e-3f + 8.36871707e-3f;
@@ -142,8 +145,8 @@ STELLAR_FAST_INLINE void normalise(const RowPass &p, int first, float *lines, fl
       put<W>(t[k] + i, value, n);
       total[k] += value;
       if (kStatistics) {
-        const F log = score + row[k];
-        with_log[k] += value * (log > -100.0f ? log : F{} - 100.0f);  // the columns beyond the last have minus infinity
+        const F log = score + row[k], most = log < kLargest ? log : F{} + kLargest;
+        with_log[k] += value * (most > -100.0f ? most : F{} - 100.0f);  // the columns beyond the last have minus infinity
         const I better = score > best[k];
         best[k] = select<W>(better, score, best[k]);
         best_at[k] = (better & (at + i)) | (~better & best_at[k]);

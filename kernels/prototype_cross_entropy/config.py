@@ -72,25 +72,27 @@ def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
 
     The whole width E of the kept side stays in shared memory, and in the backwards also in registers as the sum; 64
     rows are what Hopper's tensor cores take at least. Targets whose logits are multiplied again (D is their width) need
-    room for two more matrices. fp32 is multiplied as three tf32 products, whose parts leave room for slices alone.
+    room for two more matrices, and `dtype` is the widest of all four. fp32 is multiplied as three tf32 products, whose
+    parts leave room for slices alone.
     """
     width, again = power_of_two(max(shape["E"], shape.get("D", 0))), "D" in shape
+    most = power_of_two(shape["E"])  # columns of the gradient
     if dtype.itemsize == 4:
         slice_e = min(32, width)
-        forward = features = Tile(64, 32, slice_e, min(64, width), 8, 1)
-        prototypes = Tile(32, 32 if again else 64, slice_e, min(64, width), 8, 1)
+        forward = features = Tile(64, 32, slice_e, min(64, most), 8, 1)
+        prototypes = Tile(32, 32 if again else 64, slice_e, min(64, most), 8, 1)
     elif width > 256:
-        forward = Tile(64, 32, 64, width, 8, 1) if again else Tile(64, 32, width, width, 8, 2)
-        features = Tile(64, 32, 64, 256, 8, 1)
-        prototypes = Tile(32, 64, 64, 256, 8, 1)
+        forward = Tile(64, 32, 64, most, 8, 1) if again else Tile(64, 32, width, most, 8, 2)
+        features = Tile(64, 32, 64, min(256, most), 8, 1)
+        prototypes = Tile(32, 64, 64, min(256, most), 8, 1)
     elif again:
-        forward = Tile(64, 32, width, width, 8, 2)
-        features = Tile(64, 32, width, width, 4, 2)
-        prototypes = Tile(32, 64, width, width, 4, 2)
+        forward = Tile(64, 32, width, most, 8, 2)
+        features = Tile(64, 32, width, most, 4, 2)
+        prototypes = Tile(32, 64, width, most, 4, 2)
     else:
-        forward = Tile(128, 64, width, width, 8, 2)
-        features = Tile(64, 32, width, width, 4, 3)
-        prototypes = Tile(32, 128, width, width, 8, 2)
+        forward = Tile(128, 64, width, most, 8, 2)
+        features = Tile(64, 32, width, most, 4, 3)
+        prototypes = Tile(32, 128, width, most, 8, 2)
     return _with_splits(forward, features, prototypes, shape)
 
 
@@ -111,11 +113,14 @@ def candidates(shape: Mapping[str, int], dtype: torch.dtype) -> Iterator[Config]
 
 def is_valid(config: Config, shape: Mapping[str, int], dtype: torch.dtype) -> bool:
     """Whether the kernels compile, fit in shared memory, and probably in registers."""
-    matrices = 2 if "D" in shape else 1
+    matrices, width = 2 if "D" in shape else 1, power_of_two(shape["E"])
     for name in ("forward", "features", "prototypes"):
         tile: Tile = getattr(config, name)
         blocks = (tile.block_r, tile.block_c, tile.slice_e, tile.block_out)
         if any(block < 16 or block & (block - 1) for block in blocks):
+            return False
+        # what is multiplied whole is also summed whole
+        if tile.block_out > width or (tile.slice_e >= width and tile.block_out < width):
             return False
         if tile.num_warps not in (4, 8) or getattr(config, f"{name}_splits") < 1:
             return False

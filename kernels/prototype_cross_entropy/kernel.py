@@ -507,21 +507,20 @@ def launch_prototype_cross_entropy_bwd(
 
 
 def inspect_launches(shape: Shape, dtype: torch.dtype, config: Config) -> None:
-    """What ahead-of-time inspection compiles: targets by their logits, by their features, and as classes."""
+    """What ahead-of-time inspection compiles: targets by logits, by features in each dtype, and as classes."""
     R, T, C, E = (shape[letter] for letter in "RTCE")
 
     def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
     features, prototypes, index = new(R, E, dtype=dtype), new(C, E, dtype=dtype), new(R, dtype=torch.int64)
-    for targets in (
-        [new(T), new(C), new(T, C)],
-        [new(T), new(C), new(T, E, dtype=dtype), new(C, E, dtype=dtype)],
-        [new(T, dtype=torch.int64)],
-    ):
-        if len(targets) == 4:
-            config = heuristic({**shape, "D": E}, dtype, "cuda")
-        _, lse, mass = launch_prototype_cross_entropy_fwd(features, prototypes, targets, 0.06, index, 0.12, config)
+    cases = [([new(T), new(C), new(T, C)], config), ([new(T, dtype=torch.int64)], config)]
+    for target_dtype in dict.fromkeys((dtype, torch.float32)):
+        target_features, target_prototypes = new(T, E, dtype=target_dtype), new(C, E, dtype=target_dtype)
+        again = heuristic({**shape, "D": E}, target_dtype, "cuda")
+        cases.append(([new(T), new(C), target_features, target_prototypes], again))
+    for targets, knobs in cases:
+        _, lse, mass = launch_prototype_cross_entropy_fwd(features, prototypes, targets, 0.06, index, 0.12, knobs)
         launch_prototype_cross_entropy_bwd(
-            new(), features, prototypes, targets, 0.06, index, lse, mass, 0.12, [True, True], config
+            new(), features, prototypes, targets, 0.06, index, lse, mass, 0.12, [True, True], knobs
         )

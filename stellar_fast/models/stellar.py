@@ -297,8 +297,9 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
             {"predictions": ...}. In eval mode a `StellarOutput`. In train mode a dict of 0-dim fp32 losses (`MSE` or
             `VQ-CE`, `clustering_loss`, `cls_clustering_loss`, `mask_loss`, `cls_loss`, `koleo_loss` times its 0.1),
             `x_hat` (B, 3, S, S) or code logits (B, P, codes), `x_original` (B, 3, S, S), `keep_indices`,
-            `match_index_masked` (B * V, K), `match_index_clean` (B, K), `vq_codes` (B, P), and `metrics` (0-dim, no
-            gradient).
+            `match_index_masked` (B * V, K), `match_index_clean` (B, K), `vq_codes` (B, P), and `metrics`, a dict
+            without gradient: 0-dim `target_entropy` and `prototypes_used`, both also as `cls_...`, and `token_entropy`;
+            `matched_tokens` (K,).
 
         Raises:
             ValueError: an unknown mode, fewer views than asked for, images of a wrong kind.

@@ -1,5 +1,6 @@
 """Online-clustering head: MLP, normalisation, prototypes, and what is learned from them. T tokens, C prototypes."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -35,6 +36,9 @@ class PrototypeHead(nn.Module):
     `assign` makes targets, `cross_entropy` learns them; both take what `features` gives. Neither the logits of the
     predictions nor their targets are ever whole in memory. Calling the head gives logits, for a look at them.
 
+    All three run inside of a call of the module, and so does FSDP2's gathering of the weights: a head may be sharded
+    on its own, a teacher's as its student's. Each of them gathers, unless sharded with `reshard_after_forward=False`.
+
     Args:
         dim: width of the tokens.
         hidden_dim: of the MLP.
@@ -65,12 +69,15 @@ class PrototypeHead(nn.Module):
         self.temperature, self.sinkhorn = temperature, sinkhorn or {}
         nn.init.normal_(self.prototypes.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., D) to logits (..., C), fp32; the product runs in the autocast dtype."""
-        return self._logits(self.features(x))
+    def forward(self, x: Tensor, work: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Map (..., D) to logits (..., C), fp32; the product runs in the autocast dtype. `work` takes its place."""
+        return self._logits(self._features(x)) if work is None else work(x)
 
     def features(self, x: Tensor) -> Tensor:
         """Map (..., D) to normalised features (..., E), at least fp32."""
+        return self(x, self._features)
+
+    def _features(self, x: Tensor) -> Tensor:
         x = self.layers[0](x)
         for layer in self.layers[1:]:
             x = layer(x, gelu="input")  # keeps what enters the GELU, and not what leaves it
@@ -81,16 +88,19 @@ class PrototypeHead(nn.Module):
         """Sinkhorn-Knopp targets of features (..., E), over the joined rows of all ranks, without gradient."""
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         group = dist.group.WORLD if distributed else None
-        logits = self._logits(features).flatten(0, -2)
+        logits = self(features, self._logits).flatten(0, -2)
         row, column, entropy, first = sinkhorn_potentials(logits, group=group, statistics=True, **self.sinkhorn)
         targets = SinkhornTargets(row, column, self.sinkhorn.get("temperature", 0.06), logits=logits)
         return Assignment(targets, entropy, first)
 
     def cross_entropy(self, features: Tensor, targets: SinkhornTargets, index: Tensor | None = None) -> Tensor:
         """Mean loss of R features (..., E); `index` (R,) says which of the T targets each learns, if not its own."""
-        weight = self.prototypes.weight
-        rows = features.flatten(0, -2)
-        return prototype_cross_entropy(rows, weight, targets, index=index, temperature=self.temperature)
+
+        def loss(rows: Tensor) -> Tensor:
+            weight = self.prototypes.weight
+            return prototype_cross_entropy(rows, weight, targets, index=index, temperature=self.temperature)
+
+        return self(features.flatten(0, -2), loss)
 
     def _logits(self, features: Tensor) -> Tensor:
         return at_least_fp32(self.prototypes(features.to(self.prototypes.weight.dtype)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.prototype_cross_entropy import reference
-from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode
+from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode, values_are_checked
 from stellar_fast.ops.linear import pointwise, transposed
 from stellar_fast.ops.sinkhorn import SinkhornTargets
 
@@ -24,8 +24,9 @@ _OPERATOR = "prototype_cross_entropy"
 # `targets` are [classes], [row, column, logits] or [row, column, features, prototypes]; products are taken in `dtype`.
 # Returns (loss, lse, mass, grad_features, grad_prototypes^T). Triton keeps each prediction's log-sum-exp and its
 # target's sum, (R,), and multiplies again in the backward. On a CPU a block of logits stays in the cache until it has
-# become its gradient, which saves that product: there (R, E) and (E, C) fp32 are kept, as far as `needs` asks. What is
-# not kept has shape (0,).
+# become its gradient, which saves that product: there (R, E) and (E, C) fp32 are kept, as far as `needs` asks. Of few
+# rows, whose (E, C) would be larger than the logits saved, the door asks for nothing and the backward multiplies again.
+# What is not kept has shape (0,).
 @torch.library.custom_op("stellar_fast::prototype_cross_entropy", mutates_args=())
 def _forward(
     features: Tensor,
@@ -43,14 +44,15 @@ def _forward(
         from stellar_fast.kernels.prototype_cross_entropy import config, kernel
 
         features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
-        knobs = config.heuristic(_sizes(features, prototypes, targets), dtype, features.device)
+        knobs = config.heuristic(*_problem(features, prototypes, targets), features.device)
         loss, lse, mass = kernel.launch_prototype_cross_entropy_fwd(
             features, prototypes, targets, target_temperature, index, temperature, knobs
         )
         return loss, lse, mass, lse.new_empty(0), lse.new_empty(0)
-    loss, grad_features, grad_prototypes_t = _on_cpu(
-        features, prototypes, targets, target_temperature, index, temperature, dtype, needs
-    )
+    with torch.autocast("cpu", enabled=False):  # products are in the dtype of what they are given
+        loss, grad_features, grad_prototypes_t = _on_cpu(
+            features, prototypes, targets, target_temperature, index, temperature, dtype, needs
+        )
     return loss, loss.new_empty(0), loss.new_empty(0), grad_features, grad_prototypes_t
 
 
@@ -64,7 +66,7 @@ def _(features, prototypes, targets, target_temperature, index, temperature, dty
     return tuple(features.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
-# Returns (grad_features, grad_prototypes), of shape (0,) where `needs` does not ask for it.
+# Of Triton, and of few rows on a CPU: (grad_features, grad_prototypes), each of shape (0,) if `needs` does not ask.
 @torch.library.custom_op("stellar_fast::prototype_cross_entropy_backward", mutates_args=())
 def _backward(
     grad: Tensor,
@@ -78,13 +80,20 @@ def _backward(
     temperature: float,
     dtype: torch.dtype,
     needs: list[bool],
+    name: str,
 ) -> tuple[Tensor, Tensor]:
+    backend.ran(_OPERATOR, name)
+    if name == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            _, grad_features, grad_prototypes_t = _on_cpu(
+                features, prototypes, targets, target_temperature, index, temperature, dtype, needs
+            )
+        return _scaled(grad, grad_features, grad_prototypes_t, features.dtype, prototypes.dtype)
     from stellar_fast.kernels.prototype_cross_entropy import config, kernel
 
-    backend.ran(_OPERATOR, "triton")
     dtypes = features.dtype, prototypes.dtype
     features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
-    knobs = config.heuristic(_sizes(features, prototypes, targets), dtype, features.device)
+    knobs = config.heuristic(*_problem(features, prototypes, targets), features.device)
     grads = kernel.launch_prototype_cross_entropy_bwd(
         grad, features, prototypes, targets, target_temperature, index, lse, mass, temperature, needs, knobs
     )
@@ -92,7 +101,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, features, prototypes, targets, target_temperature, index, lse, mass, temperature, dtype, needs):
+def _(grad, features, prototypes, targets, target_temperature, index, lse, mass, temperature, dtype, needs, name):
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip((features, prototypes), needs, strict=True))
 
 
@@ -106,11 +115,7 @@ def _scale_backward(
     prototypes_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     backend.ran(_OPERATOR, "cpu")
-    if grad_prototypes_t.dim() == 2:
-        grad_prototypes = _transposed(grad_prototypes_t).mul_(grad)
-    else:
-        grad_prototypes = grad_prototypes_t.clone()
-    return (grad_features * grad).to(features_dtype), grad_prototypes.to(prototypes_dtype)
+    return _scaled(grad, grad_features, grad_prototypes_t, features_dtype, prototypes_dtype)
 
 
 @_scale_backward.register_fake
@@ -119,13 +124,32 @@ def _(grad, grad_features, grad_prototypes_t, features_dtype, prototypes_dtype):
     return torch.empty_like(grad_features, dtype=features_dtype), grad_features.new_empty(shape, dtype=prototypes_dtype)
 
 
+def _scaled(
+    grad: Tensor,
+    grad_features: Tensor,
+    grad_prototypes_t: Tensor,
+    features_dtype: torch.dtype,
+    prototypes_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    if grad_prototypes_t.dim() == 2:
+        grad_prototypes = _transposed(grad_prototypes_t)
+        if grad.item() != 1.0:  # of a loss that is added as it is, it is 1
+            grad_prototypes.mul_(grad)
+    else:
+        grad_prototypes = grad_prototypes_t.clone()
+    return (grad_features * grad).to(features_dtype), grad_prototypes.to(prototypes_dtype)
+
+
 def _save(ctx, inputs, output) -> None:
-    features, prototypes, targets, ctx.target_temperature, index, ctx.temperature, ctx.dtype, _, ctx.name = inputs
+    features, prototypes, targets, ctx.target_temperature, index, ctx.temperature, ctx.dtype, kept_needs, ctx.name = (
+        inputs
+    )
+    ctx.multiplies_again = ctx.name == "triton" or not any(kept_needs)
     _, *kept = output
     ctx.num_targets = len(targets)
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    if ctx.name == "triton":
+    if ctx.multiplies_again:
         ctx.save_for_backward(features, prototypes, index, *kept[:2], *targets)
     else:
         ctx.dtypes = features.dtype, prototypes.dtype
@@ -135,7 +159,7 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad: Tensor | None, *_):
     needs = list(ctx.needs_input_grad[:2])
     grads: tuple[Tensor | None, ...] = (None, None)
-    if grad is not None and ctx.name == "triton":
+    if grad is not None and ctx.multiplies_again:
         features, prototypes, index, lse, mass, *targets = ctx.saved_tensors
         grads = _backward(
             grad,
@@ -149,6 +173,7 @@ def _differentiate(ctx, grad: Tensor | None, *_):
             ctx.temperature,
             ctx.dtype,
             needs,
+            ctx.name,
         )
     elif grad is not None:
         grads = _scale_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
@@ -170,8 +195,9 @@ def _on_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and as far as needed the gradients of features and, transposed, of prototypes."""
     (R, E), C = features.shape, prototypes.shape[0]
-    _check_values(targets, index, R, C)
-    if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    # again, since a compiled call comes here unchecked and the native module reads where index and classes point
+    _check_values(targets, index, C)
+    if dtype != torch.bfloat16 or not _multiplies_bf16():
         dtype = torch.float32
     features, prototypes = features.to(dtype).contiguous(), prototypes.to(dtype).contiguous()
     if len(targets) > 1:
@@ -245,13 +271,17 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right.t()
 
 
+def _multiplies_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _transposed(x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[1], x.shape[0])
     native.module().transpose(x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), 0, False, torch.get_num_threads())
     return out
 
 
-def _check_values(targets: list[Tensor], index: Tensor | None, R: int, C: int) -> None:
+def _check_values(targets: list[Tensor], index: Tensor | None, C: int) -> None:
     for name, values, size in (("index", index, len(targets[0])), ("targets", targets[0], C)):
         if values is None or (name == "targets" and len(targets) > 1):
             continue
@@ -277,9 +307,12 @@ def _for_triton(
     return _with_dense_rows(features.to(dtype)), _with_dense_rows(prototypes.to(dtype)), targets
 
 
-def _sizes(features: Tensor, prototypes: Tensor, targets: list[Tensor]) -> dict[str, int]:
+def _problem(features: Tensor, prototypes: Tensor, targets: list[Tensor]) -> tuple[dict[str, int], torch.dtype]:
+    """Sizes and the widest dtype of what is multiplied."""
     sizes = {"R": len(features), "C": len(prototypes), "E": features.shape[1]}
-    return sizes | {"D": targets[2].shape[1]} if len(targets) == 4 else sizes
+    if len(targets) < 4:
+        return sizes, features.dtype
+    return sizes | {"D": targets[2].shape[1]}, max(features.dtype, targets[2].dtype, key=lambda d: d.itemsize)
 
 
 def prototype_cross_entropy(
@@ -297,20 +330,22 @@ def prototype_cross_entropy(
         prototypes: (C, E) floating.
         targets: SinkhornTargets of T rows and C prototypes, or (T,) int64 classes. No gradient reaches them. The rows
             of t need not sum to one; their sum is kept. With features and prototypes instead of logits the targets'
-            logits are multiplied again where they are needed, in the dtype that they are given in.
+            logits are multiplied again where they are needed, in the dtype that they are given in, also under autocast.
         index: (R,) int64, the target that each prediction learns; without it T = R.
         temperature: divides the logits of the predictions.
 
     Returns:
         0-dim fp32 loss, with gradients for features and prototypes. Products are taken in the wider of the dtypes of
         features and prototypes, under autocast in its dtype; softmax, sums and gradients are fp32, and the same every
-        time. Logits, probabilities and gathered targets exist for a tile at a time, never for all of (R, C).
+        time. On a CPU in bf16 the gradient of the logits is stored as bf16, and each block's products with it are
+        rounded to bf16 before they are summed in fp32. Logits, probabilities and gathered targets exist for a tile at a
+        time, never for all of (R, C).
         Backends: `triton` (fp32, bf16, fp16; E up to 512), `cpu` (fp32, bf16; fp16 as fp32), which computes the
         gradients in the forward, and `reference` (fp32 with all of (R, C)).
 
     Raises:
         ValueError: shapes that do not fit together, no predictions, dtypes that are not floating, a temperature that
-            is not positive; on a CPU an index or a class out of range.
+            is not positive; an index or a class out of range (on a CPU, elsewhere only under STELLAR_FAST_CHECK=1).
 
     Source: STELLAR (arXiv 2602.01905), online clustering.
     """
@@ -320,18 +355,20 @@ def prototype_cross_entropy(
     check_positive(C=sizes["C"], E=sizes["E"], temperature=temperature)
     check_floating(features=features, prototypes=prototypes)
     parts, target_temperature = _check_targets(targets, index, features, prototypes)
+    if values_are_checked(features):
+        _check_values(parts, index, sizes["C"])
     dtype = torch.promote_types(features.dtype, prototypes.dtype)
-    target_dtype = torch.promote_types(parts[-2].dtype, parts[-1].dtype) if len(parts) == 4 else None
     if torch.is_autocast_enabled(features.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(features.device.type)
-        target_dtype = dtype
     if len(parts) == 4:
+        target_dtype = torch.promote_types(parts[2].dtype, parts[3].dtype)
         parts = parts[:2] + [x.to(target_dtype) for x in parts[2:]]
     name = backend.pick(_OPERATOR, features.device.type, _unfit(dtype, sizes["E"]))
     if name == "reference":
         return reference.prototype_cross_entropy(features.to(dtype), prototypes.to(dtype), targets, index, temperature)
     index = None if index is None else index.contiguous()
-    needs = [torch.is_grad_enabled() and x.requires_grad for x in (features, prototypes)]
+    keeps = 2 * sizes["R"] >= sizes["E"] and torch.is_grad_enabled()
+    needs = [keeps and x.requires_grad for x in (features, prototypes)]
     loss, *_ = _forward(features, prototypes, parts, target_temperature, index, temperature, dtype, needs, name)
     return loss
 

@@ -56,8 +56,7 @@ class JsonLines:
         self._first = False
 
     def _write(self, record: Record) -> None:
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(_null_if_not_finite(record)) + "\n")
         self._file.flush()
         self._unwritten = None
 
@@ -65,6 +64,15 @@ class JsonLines:
         if self._unwritten:
             self._write(self._unwritten)
         self._file.close()
+
+
+def _null_if_not_finite(value: Any) -> Any:
+    """The same with None in the place of every number that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _null_if_not_finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_null_if_not_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(record: Record) -> list[str]:
@@ -80,7 +88,10 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 class TensorBoard:
-    """Scalars of every `every`-th step as TensorBoard events. ValueError where TensorBoard is not installed."""
+    """Scalars of every `every`-th step as TensorBoard events, those of a list as `name/0`, `name/1`, and so on.
+
+    `resume_step` hides what an interrupted run wrote of later steps. ValueError where TensorBoard is not installed.
+    """
 
     def __init__(self, folder: Path, every: int, resume_step: int = 0) -> None:
         try:
@@ -94,7 +105,8 @@ class TensorBoard:
         if record["step"] % self._every == 0 and "skipped" not in record:
             for name, value in record.items():
                 if isinstance(value, list):
-                    self._writer.add_scalars(name, {str(i): x for i, x in enumerate(value)}, record["step"])
+                    for i, x in enumerate(value):
+                        self._writer.add_scalar(f"{name}/{i}", x, record["step"])
                 elif name not in ("step", "seconds"):
                     self._writer.add_scalar(name, value, record["step"])
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import measure, operators, run, shapes
 from benchmarks.measure import Row
-from benchmarks.model import pair, step
+from benchmarks.model import memory, objective, pair, step
 from benchmarks.ops import koleo
 from stellar_fast import backend
 from stellar_fast.registry import load
@@ -268,6 +268,35 @@ def test_a_wrong_provider_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
     with path.open() as file:
         assert [line["provider"] for line in csv.DictReader(file)] == ["plain"]
     assert "stellar_fast is WRONG" in capsys.readouterr().err
+
+
+def test_every_provider_of_the_objective_agrees() -> None:
+    shape, device = shapes.model_shape("tiny"), torch.device("cpu")
+    case = objective.build_case(shape, 2, torch.float32, device, ["plain_compiled", "stellar_fast"])
+    assert list(case.calls) == ["plain", "plain_compiled", "stellar_fast"]
+    for provider, checks in case.checks.items():
+        assert len(checks) == 9 and case.worst(provider).error < 1, f"{provider} {case.worst(provider)}"
+
+
+def test_memory_gives_a_peak_and_the_loss_of_each_provider(tmp_path) -> None:
+    arguments = ["--suite", "memory", "--preset", "tiny", "--batch", "2", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    lines = read_one(tmp_path)
+    expected = [(d, p) for d in ("fp32", "bf16") for p in memory.PROVIDERS]
+    assert [(line["dtype"], line["provider"]) for line in lines] == expected
+    assert all(float(line["worst_check"]) < 1 for line in lines)
+
+
+@pytest.mark.parametrize("loss", [5.02, float("nan")])
+def test_a_provider_with_another_loss_has_no_peak(tmp_path, monkeypatch, capsys, loss: float) -> None:
+    measured = {"plain": (100.0, 5.0), "stellar_fast": (10.0, loss)}
+    monkeypatch.setattr(memory, "extra_mib", lambda provider, *_: measured[provider])
+    arguments = ["--suite", "memory", "--preset", "tiny", "--dtype", "fp32", "--out", str(tmp_path)]
+    assert run.main(arguments) == 1
+    assert [line["provider"] for line in read_one(tmp_path)] == ["plain"]
+    said = f"memory fp32: stellar_fast is WRONG and is not reported, loss {loss:.6g} beside plain's 5"
+    assert said in capsys.readouterr().err
+    assert memory.disagreement(5.02, 5.0, "bf16") == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from stellar_fast import StellarModel
+from stellar_fast.nn.prototype_head import PrototypeHead
 from tests.conftest import SMALL_DECODER, SMALL_ENCODER, SMALL_KWARGS
 
 STEPS = 2
@@ -63,7 +64,9 @@ def one_rank(rank: int, folder: str, kind: str) -> None:
         mesh = init_device_mesh("cpu", (2,))
         for part in (*module.encoder.transformer.blocks, *module.decoder.transformer.blocks):
             fully_shard(part, mesh=mesh)
-        for part in (module.encoder, module.decoder, module):
+        heads = [m for m in module.modules() if isinstance(m, PrototypeHead)]  # the student's and the teacher's
+        assert len(heads) == 4
+        for part in (*heads, module.encoder, module.decoder, module):
             fully_shard(part, mesh=mesh)
         model = module
     found = train(model, module, rank, 2)

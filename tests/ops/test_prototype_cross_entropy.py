@@ -15,6 +15,7 @@ from stellar_fast.kernels.prototype_cross_entropy.spec import SPEC
 from stellar_fast.ops import prototype_cross_entropy
 from stellar_fast.ops.prototype_cross_entropy import _on_cpu
 from stellar_fast.ops.sinkhorn import SinkhornTargets
+from stellar_fast.registry import OpSpec
 from tests.conftest import mismatches
 from tests.harness import check_op, check_registered, each_backend, each_dtype, each_shape, poisoned_memory
 
@@ -36,16 +37,16 @@ def exact(features: Tensor, prototypes: Tensor, target: Tensor, index: Tensor | 
     return -(target * log_p).sum(1).mean()
 
 
-def spec_with(targets: str) -> object:
-    """The spec with targets by their features, or as classes."""
+def spec_with(targets: str, width: int = 12) -> OpSpec:
+    """The spec with targets by their features of that width, or as classes."""
 
     def make_inputs(shape, dtype, device, generator):
         given = SPEC.make_inputs(shape, dtype, device, generator)
         T, C = given["targets"].logits.shape
         if targets == "classes":
             return given | {"targets": torch.randint(0, C, (T,), generator=generator).to(device)}
-        features = F.normalize(torch.randn(T, 12, generator=generator, dtype=torch.float64), dim=-1)
-        prototypes = torch.randn(C, 12, generator=generator, dtype=torch.float64)
+        features = F.normalize(torch.randn(T, width, generator=generator, dtype=torch.float64), dim=-1)
+        prototypes = torch.randn(C, width, generator=generator, dtype=torch.float64)
         row = -(features @ prototypes.T / 0.06).logsumexp(1)
         soft = given["targets"]._replace(logits=None, features=features.to(device, dtype), row=row.float().to(device))
         return given | {"targets": soft._replace(prototypes=prototypes.to(device, dtype))}
@@ -261,6 +262,46 @@ def test_under_autocast_products_are_in_its_dtype(backend):
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("dtype", [FP32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "without"])
+def test_autocast_leaves_the_targets_alone(monkeypatch, backend, dtype, onednn):
+    """Their logits are the same whether they are given or multiplied again: a rounded product would show."""
+    shape = {"R": 50, "T": 6, "C": 300, "E": 16}
+    given = spec_with("features").make_inputs(shape, dtype, torch.device("cpu"), torch.Generator().manual_seed(0))
+    given |= {name: given[name].float() for name in ("features", "prototypes")}
+    soft = given["targets"]
+    logits = (soft.features.double() @ soft.prototypes.double().T).float()
+    matrix = soft._replace(logits=logits, features=None, prototypes=None)
+    rounded = soft._replace(features=soft.features.bfloat16(), prototypes=soft.prototypes.bfloat16())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    with backends.use_backend(prototype_cross_entropy=backend), torch.autocast("cpu", BF16):
+        again, want, wrong = (prototype_cross_entropy(**given | {"targets": x}) for x in (soft, matrix, rounded))
+    torch.testing.assert_close(again, want)
+    assert (wrong - want).abs() > 100 * (again - want).abs()
+
+
+def test_bf16_without_onednn(monkeypatch):
+    """A torch that was built without it multiplies in fp32."""
+    given = inputs(BF16, R=30, T=4, C=200)
+
+    def results(given: dict) -> list[Tensor]:
+        leaves = {name: given[name].detach().requires_grad_() for name in ("features", "prototypes")}
+        with backends.use_backend(prototype_cross_entropy="cpu"):
+            loss = prototype_cross_entropy(**given | leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+
+    def absent() -> bool:
+        raise AttributeError("_is_mkldnn_bf16_supported")
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", absent)
+    found = results(given)
+    want = results(given | {name: given[name].float() for name in ("features", "prototypes")})
+    assert [x.dtype for x in found] == [FP32, BF16, BF16]
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_dtypes_of_targets_may_differ(backend):
     given = spec_with("features").make_inputs(
         {"R": 9, "T": 5, "C": 37, "E": 16}, FP32, torch.device("cpu"), torch.Generator().manual_seed(0)
@@ -332,11 +373,8 @@ def test_golden_head(golden_ops):
         ({"prototypes": torch.zeros(36, 16)}, "targets.column has C=37 but prototypes has C=36"),
         ({"index": torch.zeros(5, dtype=torch.int64)}, "features has R=6 but index has R=5"),
         ({"index": torch.zeros(6, dtype=torch.int32)}, "index must be torch.int64 but is torch.int32"),
-        ({"index": torch.tensor([0, 1, 4, 0, 0, 0])}, "index must be 0 to 3 but holds 4"),
-        ({"index": torch.tensor([0, 1, -1, 0, 0, 0])}, "index must be 0 to 3 but holds -1"),
         ({"index": None}, "targets.row has R=4 but features has R=6"),
         ({"targets": torch.zeros(4)}, "SinkhornTargets or torch.int64 classes but is torch.float32"),
-        ({"targets": torch.tensor([0, 37, 0, 0])}, "targets must be 0 to 36 but holds 37"),
         ({"temperature": 0.0}, "temperature must be positive but is 0.0"),
         ({"features": torch.zeros(6, 16, dtype=torch.int64)}, "features must be floating point but is torch.int64"),
     ],
@@ -345,6 +383,66 @@ def test_golden_head(golden_ops):
 def test_wrong_input_is_named(change, message):
     with pytest.raises(ValueError, match=message), backends.use_backend(prototype_cross_entropy="cpu"):
         prototype_cross_entropy(**inputs() | change)
+
+
+OUT_OF_RANGE = [
+    ({"index": torch.tensor([0, 1, 4, 0, 0, 0])}, "index must be 0 to 3 but holds 4"),
+    ({"index": torch.tensor([0, 1, -1, 0, 0, 0])}, "index must be 0 to 3 but holds -1"),
+    ({"targets": torch.tensor([0, 37, 0, 0])}, "targets must be 0 to 36 but holds 37"),
+    ({"targets": torch.tensor([0, -100, 0, 0])}, "targets must be 0 to 36 but holds -100"),
+]
+
+
+@each_backend(OP)
+@pytest.mark.parametrize(("change", "message"), OUT_OF_RANGE, ids=str)
+def test_values_out_of_range_are_named(monkeypatch, backend, device, change, message):
+    monkeypatch.setenv("STELLAR_FAST_CHECK", "1")
+    with pytest.raises(ValueError, match=message), backends.use_backend(prototype_cross_entropy=backend):
+        prototype_cross_entropy(**_to(inputs() | change, device))
+
+
+@pytest.mark.parametrize(("change", "message"), OUT_OF_RANGE, ids=str)
+def test_values_are_checked_in_a_compiled_call(change, message):
+    torch._dynamo.reset()
+    compiled = torch.compile(prototype_cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=message), backends.use_backend(prototype_cross_entropy="cpu"):
+        compiled(**inputs() | change)
+    torch._dynamo.reset()
+
+
+@each_backend(OP, "triton")
+@pytest.mark.parametrize(("E", "D", "dtype"), [(16, 64, FP32), (16, 40, BF16), (64, 300, BF16)], ids=str)
+def test_triton_targets_wider_than_predictions(backend, device, E, D, dtype):
+    check_op(spec_with("features", D), backend, {"R": 9, "T": 5, "C": 37, "E": E}, dtype, device)
+
+
+@each_backend(OP, "triton")
+@pytest.mark.parametrize("targets", [FP32, torch.float64], ids=["float32", "float64"])
+def test_triton_targets_in_a_wider_dtype(backend, device, targets):
+    """Tiles are those of the wider dtype: two matrices of each have to fit into shared memory."""
+
+    def make_inputs(shape, dtype, device, generator):
+        given = spec_with("features", 24).make_inputs(shape, targets, device, generator)
+        return given | {name: given[name].to(dtype) for name in ("features", "prototypes")}
+
+    spec = dataclasses.replace(SPEC, make_inputs=make_inputs)
+    check_op(spec, backend, {"R": 9, "T": 5, "C": 37, "E": 24}, BF16, device)
+
+
+@pytest.mark.parametrize("E", [1, 16, 24, 64, 256, 500])
+@pytest.mark.parametrize("D", [None, 1, 40, 64, 256, 300, 700])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_the_heuristic_is_valid(E, D, dtype):
+    from stellar_fast.kernels.prototype_cross_entropy.config import heuristic, is_valid, power_of_two
+
+    shape = {"R": 1024, "C": 16384, "E": E} | ({} if D is None else {"D": D})
+    config = heuristic(shape, dtype, "cuda")
+    assert is_valid(config, shape, dtype)
+    for name in ("features", "prototypes"):
+        tile = getattr(config, name)
+        for block_out in (2 * power_of_two(E), power_of_two(E) // 2 if tile.slice_e >= E else 8):
+            wrong = dataclasses.replace(config, **{name: dataclasses.replace(tile, block_out=block_out)})
+            assert not is_valid(wrong, shape, dtype)
 
 
 @each_backend(OP, "triton")

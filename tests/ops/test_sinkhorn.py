@@ -171,6 +171,20 @@ def test_finite_and_right_at_the_extremes(backend, device, what):
 
 
 @each_backend("sinkhorn", "cpu", "reference")
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+def test_finite_where_rounding_is_larger_than_every_exponent(backend, device, scale):
+    """Scores of 1e10 to 1e30: what two of them differ by, or a score from its own column's peak, is rounding."""
+    logits = draw(72, 1003)
+    with use_backend(sinkhorn=backend):
+        for temperature in (1e-10, 1e-20, 1e-30):
+            options = {"temperature": temperature, "scale": scale}
+            row, column, entropy, first = sinkhorn_potentials(logits, statistics=True, **options)
+            out = sinkhorn_knopp(logits, **options)
+            assert all(x.isfinite().all() for x in (row, column, entropy, out))
+            assert (out >= 0).all() and (out.sum(1) <= 1 + 1e-5).all() and (first < 1003).all()
+
+
+@each_backend("sinkhorn", "cpu", "reference")
 def test_more_rounds_than_the_formula_can_hold(backend, device):
     """A row that the exponential domain loses to underflow comes back here, as in fp64, 18.4 a round."""
     logits = draw(12, 40, seed=3)

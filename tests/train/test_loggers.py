@@ -36,6 +36,16 @@ def test_json_lines_writes_the_first_every_nth_the_last_and_every_skipped_step(t
     assert lines(tmp_path / "m.jsonl")[2]["loss"] is None  # NaN is not JSON
 
 
+def test_json_lines_writes_null_inside_of_a_list(tmp_path: Path) -> None:
+    log = JsonLines(tmp_path / "m.jsonl", every=1)
+    log.log(record(1, matched_tokens=[0.5, float("nan"), float("inf")], skipped=["MSE"]))
+    log.close()
+    text = (tmp_path / "m.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (line,) = lines(tmp_path / "m.jsonl")
+    assert line["matched_tokens"] == [0.5, None, None] and line["skipped"] == ["MSE"]
+
+
 def test_json_lines_names_a_foreign_file(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"note": "mine"}\n')
     with pytest.raises(ValueError, match=r"m\.jsonl is not a file of metrics"):
@@ -85,6 +95,24 @@ def test_tensorboard_writes_scalars(tmp_path: Path) -> None:
     log.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 2.0), (4, 4.0)]
+
+
+def test_tensorboard_writes_lists_in_one_file_and_a_resumed_run_replaces_them(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = TensorBoard(tmp_path, every=1)
+    for step in (1, 2, 3):
+        log.log(record(step, matched_tokens=[step / 4, 0.5]))
+    log.close()
+    assert len(list(tmp_path.rglob("*"))) == 1
+    log = TensorBoard(tmp_path, every=1, resume_step=1)
+    log.log(record(2, matched_tokens=[0.75, 0.25]))
+    log.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    found = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert found["matched_tokens/0"] == [(1, 0.25), (2, 0.75)]
+    assert found["matched_tokens/1"] == [(1, 0.5), (2, 0.25)]
+    assert not {"matched_tokens", "matched_tokens/2"} & found.keys()
 
 
 def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

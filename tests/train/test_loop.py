@@ -294,24 +294,37 @@ def test_two_processes_train_one_model(config: TrainConfig, tmp_path: Path) -> N
 
 
 class HostReads(TorchDispatchMode):
-    """Lists the operators that hand a tensor's value to Python: on a GPU each of them waits for the device."""
+    """Lists the operators that hand a tensor's value to the host: on a GPU each of them waits for the device.
+
+    It sees what Python dispatches. What runs inside of an operator it does not: our custom operators' own code, the
+    `nonzero` of an index that is a mask, copies between a device and memory that is not pinned. For these there is
+    `test_a_step_waits_for_nothing_on_a_gpu`.
+    """
+
+    OPERATORS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.is_nonzero.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten._unique2.default,
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        if func in self.OPERATORS:
             self.found.append("".join(traceback.format_stack(limit=12)))
         return func(*args, **(kwargs or {}))
 
 
 def test_a_step_waits_for_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    with HostReads() as reads:
-        torch.ones(1).item()
-    assert len(reads.found) == 1
+    for read in (torch.Tensor.item, bool, torch.nonzero, torch.unique):
+        with HostReads() as reads:
+            read(torch.ones(1))
+        assert len(reads.found) == 1, read
     # on a CPU, and there alone, operators look at their inputs, and colours are changed in a list of selected images
-    for op in ("packed_patch_embed", "token_attention"):
+    for op in ("packed_patch_embed", "prototype_cross_entropy", "token_attention"):
         door = importlib.import_module(f"stellar_fast.ops.{op}")  # the package's attribute is the function
         monkeypatch.setattr(door, "values_are_checked", lambda tensor: False)
     config = change(config, accumulate=2, model=TEACHER | {"color_augmentation": False})
@@ -325,3 +338,26 @@ def test_a_step_waits_for_nothing(config: TrainConfig, monkeypatch: pytest.Monke
     assert reads.found == []
     assert [reading.step for reading in readings] == [1, 2]
     assert readings[1].values()["loss"] > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_waits_for_nothing_on_a_gpu(config: TrainConfig, precision: str) -> None:
+    config = change(config, accumulate=2, model=TEACHER, device="cuda", precision=precision)
+    model, device = build_model(config), torch.device("cuda")
+    trainer = _Trainer(config, model, build_dataset(config, model), device, Ranks())
+    batches = trainer._batches()
+    ready = [next(batches) for _ in range(4)]
+    batches.close()
+    trainer._train_step(iter(ready[:2]))  # kernels are compiled and libraries loaded at their first use
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device=device).item()
+        reading = trainer._train_step(iter(ready[2:]))
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert reading.step == 2
+    assert reading.values()["loss"] > 0
