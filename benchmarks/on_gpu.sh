@@ -3,7 +3,7 @@
 # ninja, pybind11, scikit-build-core, numpy, pillow, pyyaml, safetensors, huggingface_hub, typer, rich, pytest, pytest-benchmark,
 # hypothesis. Installs nothing but this project.
 #
-#   benchmarks/on_gpu.sh [--out DIR] [STAGE...]      stages: build tests inspect attention lowrank ops models profile (default: all)
+#   benchmarks/on_gpu.sh [--out DIR] [STAGE...]      stages: build tests inspect attention lowrank ops objective models profile (default: all)
 #
 # Each stage reports and a failing one does not stop the rest; the exit code is 1 when one failed. What a stage prints and measures is
 # left in DIR (default: on_gpu_out).
@@ -13,8 +13,8 @@ cd "$(dirname "$0")/.."
 OUT=on_gpu_out
 if [[ "${1:-}" == --out ]]; then OUT=$2; shift 2; fi
 mkdir -p "$OUT"
-STAGES=("$@")
-[[ ${#STAGES[@]} -gt 0 ]] || STAGES=(build tests inspect attention lowrank ops models profile)
+ALL=(build tests inspect attention lowrank ops objective models profile)
+STAGES=("${@:-${ALL[@]}}")
 PYTHON=${PYTHON:-python3}
 run=("$PYTHON" benchmarks/run.py --device cuda --out "$OUT")
 
@@ -26,6 +26,10 @@ stage_inspect() { "$PYTHON" -m stellar_fast.cli inspect; }
 stage_attention() { "${run[@]}" --suite ops --op token_attention --op-shape all --dtype bf16 --budget 40; }
 stage_lowrank() { "${run[@]}" --suite ops --op lowrank_product --op-shape all --dtype bf16,fp32 --budget 30; }
 stage_ops() { "${run[@]}" --suite ops --dtype bf16 --budget 40; }
+stage_objective() {
+  "${run[@]}" --suite objective --batch 128 --dtype bf16 --providers plain,plain_compiled,stellar_fast --budget 30 &&
+    "${run[@]}" --suite memory --dtype bf16
+}
 stage_models() {
   local code=0
   "${run[@]}" --suite encode --batch 128 --dtype bf16 --providers plain,plain_compiled,stellar_fast --budget 30 || code=1
@@ -60,7 +64,7 @@ PROFILE
 failed=()
 for stage in "${STAGES[@]}"; do
   if ! declare -F "stage_$stage" > /dev/null; then
-    echo "unknown stage $stage; stages: build tests inspect attention lowrank ops models profile" >&2
+    echo "unknown stage $stage; stages: ${ALL[*]}" >&2
     exit 2
   fi
   start=$SECONDS
