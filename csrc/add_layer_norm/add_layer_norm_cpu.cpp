@@ -11,27 +11,7 @@
 namespace stellar_fast {
 namespace {
 
-constexpr int kWidest = 16;  // floats in a vector at the highest processor level
 constexpr int kChains = 4;   // sums that run side by side: one alone would wait for the latency of each addition
-
-int pad(int width) { return (width + kWidest - 1) / kWidest * kWidest; }
-
-// The first `n` elements of a vector; the others are zero.
-template <int W, typename T>
-STELLAR_FAST_INLINE f32v<W> get(const T *p, int n) {
-  if (n == W) return load<W>(p);
-  T part[W] = {};
-  std::copy(p, p + n, part);
-  return load<W>(part);
-}
-
-template <int W, typename T>
-STELLAR_FAST_INLINE void put(T *p, f32v<W> v, int n) {
-  if (n == W) return store<W>(p, v);
-  T part[W];
-  store<W>(part, v);
-  std::copy(part, part + n, p);
-}
 
 template <int W>
 STELLAR_FAST_INLINE float total_of(const f32v<W> (&sums)[kChains]) {
@@ -79,13 +59,13 @@ STELLAR_FAST_INLINE void forward_rows_of(const Forward &f, int first, int last, 
     T *total = (T *)f.total + (ptrdiff_t)row * width;
     F added[kChains]{};
     for_vectors<W>(width, STELLAR_FAST_BODY {
-      F value = get<W>(x + i, n);
+      F value = load_first<W>(x + i, n);
       if constexpr (kAdds) {
-        value += get<W>(residual + i, n);
+        value += load_first<W>(residual + i, n);
         T rounded[W];
         store<W>(rounded, value);
         value = load<W>(rounded);  // the norm is of the total as it is kept
-        put<W>(total + i, value, n);
+        store_first<W>(total + i, value, n);
       }
       store<W>(line + i, value);
       added[chain] += value;
@@ -101,7 +81,7 @@ STELLAR_FAST_INLINE void forward_rows_of(const Forward &f, int first, int last, 
     O *normed = row_of<O>(f.normed, row);
     for_vectors<W>(width, STELLAR_FAST_BODY {
       (void)chain;
-      put<W>(normed + i, (load<W>(line + i) - mean) * rstd * get<W>(f.weight + i, n) + get<W>(f.bias + i, n), n);
+      store_first<W>(normed + i, (load<W>(line + i) - mean) * rstd * load_first<W>(f.weight + i, n) + load_first<W>(f.bias + i, n), n);
     });
     f.mean[row] = mean;
     f.rstd[row] = rstd;
@@ -156,9 +136,9 @@ STELLAR_FAST_INLINE void backward_rows_of(const Backward &b, int first, int last
     const float mean = b.mean[row], rstd = b.rstd[row];
     F added[kChains]{}, along[kChains]{};
     for_vectors<W>(width, STELLAR_FAST_BODY {
-      const F g = get<W>(grad_normed + i, n);
-      const F unit = (get<W>(total + i, n) - mean) * rstd;
-      const F weighted = g * get<W>(b.weight + i, n);
+      const F g = load_first<W>(grad_normed + i, n);
+      const F unit = (load_first<W>(total + i, n) - mean) * rstd;
+      const F weighted = g * load_first<W>(b.weight + i, n);
       added[chain] += weighted;
       along[chain] += weighted * unit;
       store<W>(weight_sums + i, load<W>(weight_sums + i) + g * unit);
@@ -169,11 +149,11 @@ STELLAR_FAST_INLINE void backward_rows_of(const Backward &b, int first, int last
     bfloat16 *grad_x = b.grad_x ? (bfloat16 *)b.grad_x + (ptrdiff_t)row * width : nullptr;
     for_vectors<W>(width, STELLAR_FAST_BODY {
       (void)chain;
-      const F unit = (get<W>(total + i, n) - mean) * rstd;
-      F value = (get<W>(grad_normed + i, n) * get<W>(b.weight + i, n) - shift - unit * slope) * rstd;
-      if (grad_total) value += get<W>(grad_total + i, n);
-      put<W>(grad + i, value, n);
-      if (grad_x) put<W>(grad_x + i, value, n);
+      const F unit = (load_first<W>(total + i, n) - mean) * rstd;
+      F value = (load_first<W>(grad_normed + i, n) * load_first<W>(b.weight + i, n) - shift - unit * slope) * rstd;
+      if (grad_total) value += load_first<W>(grad_total + i, n);
+      store_first<W>(grad + i, value, n);
+      if (grad_x) store_first<W>(grad_x + i, value, n);
     });
   }
 }

@@ -79,6 +79,27 @@ STELLAR_FAST_INLINE void from_float(bfloat16 *p, float x) {
   p->bits = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+constexpr int kWidest = 16;  // floats in a vector at the highest processor level
+
+inline size_t pad(size_t width) { return (width + kWidest - 1) / kWidest * kWidest; }
+
+// The first `n` elements of a vector; the others are `rest`.
+template <int W, typename T>
+STELLAR_FAST_INLINE f32v<W> load_first(const T *p, int n, float rest = 0.0f) {
+  if (n == W) return load<W>(p);
+  float part[W];
+  for (int i = 0; i < W; ++i) part[i] = i < n ? to_float(p[i]) : rest;
+  return load<W>(part);
+}
+
+template <int W, typename T>
+STELLAR_FAST_INLINE void store_first(T *p, f32v<W> v, int n) {
+  if (n == W) return store<W>(p, v);
+  float part[W];
+  store<W>(part, v);
+  for (int i = 0; i < n; ++i) from_float(p + i, part[i]);
+}
+
 template <int W>
 STELLAR_FAST_INLINE f32v<W> select(i32v<W> mask, f32v<W> a, f32v<W> b) {
   return (f32v<W>)((mask & (i32v<W>)a) | (~mask & (i32v<W>)b));

@@ -13,28 +13,9 @@
 namespace stellar_fast {
 namespace {
 
-constexpr int kWidest = 16;     // floats in a vector at the highest processor level
 constexpr int kChains = 4;      // sums that run side by side: one alone would wait for the latency of each addition
 constexpr int kSegment = 2048;  // elements that are summed in fp32 before they join a double
 constexpr float kLargest = 88.0f;  // exp of more leaves fp32
-
-size_t pad(int width) { return (size_t)(width + kWidest - 1) / kWidest * kWidest; }
-
-template <int W, typename T>
-STELLAR_FAST_INLINE f32v<W> get(const T *p, int n, float rest) {
-  if (n == W) return load<W>(p);
-  float part[W];
-  for (int i = 0; i < W; ++i) part[i] = i < n ? to_float(p[i]) : rest;
-  return load<W>(part);
-}
-
-template <int W, typename T>
-STELLAR_FAST_INLINE void put(T *p, f32v<W> v, int n) {
-  if (n == W) return store<W>(p, v);
-  float part[W];
-  store<W>(part, v);
-  for (int i = 0; i < n; ++i) from_float(p + i, part[i]);
-}
 
 template <int W>
 STELLAR_FAST_INLINE float total_of(const f32v<W> (&sums)[kChains]) {
@@ -76,7 +57,7 @@ STELLAR_FAST_INLINE double write_target(const PrototypeTargets &targets, int64_t
     F sums[kChains]{};
     for_vectors<W>(begin, std::min(prototypes, begin + kSegment), STELLAR_FAST_BODY {
       // zeros past the end have a potential of -inf
-      F power = get<W>(logits + i, n, 0.0f) / targets.temperature + get<W>(targets.column + i, n, -INFINITY) + row;
+      F power = load_first<W>(logits + i, n, 0.0f) / targets.temperature + load_first<W>(targets.column + i, n, -INFINITY) + row;
       power = select<W>(power > kLargest, F{} + kLargest, power);
       const F probability = exp<W>(power);
       store<W>(out + i, probability);
@@ -109,14 +90,14 @@ STELLAR_FAST_INLINE void rows_of(const Call &call, int first, int last, float *l
 
     F tops[kChains];
     std::fill(tops, tops + kChains, F{} - INFINITY);
-    for_vectors<W>(0, prototypes, STELLAR_FAST_BODY { tops[chain] = maximum<W>(tops[chain], get<W>(x + i, n, -INFINITY)); });
+    for_vectors<W>(0, prototypes, STELLAR_FAST_BODY { tops[chain] = maximum<W>(tops[chain], load_first<W>(x + i, n, -INFINITY)); });
     const float top = maximum_of<W>(maximum<W>(maximum<W>(tops[0], tops[1]), maximum<W>(tops[2], tops[3])));
 
     double sum_of_exps = 0, below = 0;  // below = sum_c t_c (top - x_c): no term cancels another
     for (int begin = 0; begin < prototypes; begin += kSegment) {
       F sums[kChains]{}, products[kChains]{};
       for_vectors<W>(begin, std::min(prototypes, begin + kSegment), STELLAR_FAST_BODY {
-        const F down = (get<W>(x + i, n, -INFINITY) - top) * inverse;
+        const F down = (load_first<W>(x + i, n, -INFINITY) - top) * inverse;
         const F e = exp<W>(down);
         store<W>(exps + i, e);
         sums[chain] += e;
@@ -139,13 +120,13 @@ STELLAR_FAST_INLINE void rows_of(const Call &call, int first, int last, float *l
       const float at_chosen = (exps[chosen] * share - 1) * scale;
       for_vectors<W>(0, prototypes, STELLAR_FAST_BODY {
         (void)chain;
-        put<W>(x + i, load<W>(exps + i) * (share * scale), n);
+        store_first<W>(x + i, load<W>(exps + i) * (share * scale), n);
       });
       from_float(x + chosen, at_chosen);
     } else {
       for_vectors<W>(0, prototypes, STELLAR_FAST_BODY {
         (void)chain;
-        put<W>(x + i, (load<W>(exps + i) * share - load<W>(target + i)) * scale, n);
+        store_first<W>(x + i, (load<W>(exps + i) * share - load<W>(target + i)) * scale, n);
       });
     }
   }

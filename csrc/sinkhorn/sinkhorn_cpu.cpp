@@ -14,33 +14,13 @@ namespace stellar_fast {
 namespace {
 
 constexpr float kSumEps = 1e-8f;
-constexpr int kWidest = 16;     // floats in a vector at the highest processor level
 constexpr int kColumnRows = 8;  // rows at a time of the column pass: a rescaling of the sum, one more exponential, for each of them
 constexpr int kRows = 4;        // rows at a time of the row pass: a column's potential and sum are read once for them
 // Lines of 64 KiB (16,384 columns) at multiples of 4 KiB from each other would fall into the same sets of the first-level cache.
 constexpr int kSpread = 5 * kWidest;
 
-int pad(int columns) { return (columns + kWidest - 1) / kWidest * kWidest; }
-
 // First row of a part.
 int part_of(int rows, int part, int parts) { return int((long long)rows * part / parts); }
-
-// The first `n` elements of a vector; the others are zero.
-template <int W, typename T>
-STELLAR_FAST_INLINE f32v<W> get(const T *p, int n) {
-  if (n == W) return load<W>(p);
-  T some[W] = {};
-  std::copy(p, p + n, some);
-  return load<W>(some);
-}
-
-template <int W>
-STELLAR_FAST_INLINE void put(float *p, f32v<W> v, int n) {
-  if (n == W) return store<W>(p, v);
-  float some[W];
-  store<W>(some, v);
-  std::copy(some, some + n, p);
-}
 
 constexpr float kLargest = 69.3147181f;  // 100 log 2: no sum of such exponentials, and no product with one, leaves the normal floats
 
@@ -85,7 +65,7 @@ STELLAR_FAST_INLINE void add_to_columns(const SinkhornLogits &x, int first, floa
     F peak = before;
 #pragma GCC unroll 8
     for (int k = 0; k < Rows; ++k) {
-      value[k] = get<W>(line[k] + i, n);
+      value[k] = load_first<W>(line[k] + i, n);
       peak = peak > value[k] ? peak : value[k];
     }
     F sum = load<W>(sums + i) * exp_score<W>((before - peak) * x.inverse_temperature);
@@ -140,9 +120,9 @@ STELLAR_FAST_INLINE void normalise(const RowPass &p, int first, float *lines, fl
     const F column = load<W>(p.column + i);
 #pragma GCC unroll 4
     for (int k = 0; k < Rows; ++k) {
-      const F score = get<W>(logits[k] + i, n) * x.inverse_temperature + column;
+      const F score = load_first<W>(logits[k] + i, n) * x.inverse_temperature + column;
       const F value = exp_score<W>(score + row[k]);
-      put<W>(t[k] + i, value, n);
+      store_first<W>(t[k] + i, value, n);
       total[k] += value;
       if (kStatistics) {
         const F log = score + row[k], most = log < kLargest ? log : F{} + kLargest;
@@ -176,7 +156,7 @@ STELLAR_FAST_INLINE void normalise(const RowPass &p, int first, float *lines, fl
     });
   } else if (p.out) {
     for (int k = 0; k < Rows; ++k)
-      for_vectors<W>(x.columns, STELLAR_FAST_BODY { put<W>(t[k] + i, get<W>(t[k] + i, n) * scale[k], n); });
+      for_vectors<W>(x.columns, STELLAR_FAST_BODY { store_first<W>(t[k] + i, load_first<W>(t[k] + i, n) * scale[k], n); });
   }
 }
 

@@ -6,6 +6,8 @@ from itertools import product
 
 import torch
 
+from stellar_fast.kernels.common.tiles import power_of_two
+
 # Elements of a row that a thread holds, of several tensors each: with these nothing spills on sm_80, sm_90 or sm_100
 # and about half of the warps of a multiprocessor are resident. The backward has more tensors, and its sums over rows.
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 32, 8
@@ -34,7 +36,7 @@ class Config:
 
 def padded_width(D: int) -> int:
     """The power of two that holds a row."""
-    return 1 << (D - 1).bit_length()
+    return power_of_two(D)
 
 
 def _tile(width: int, elements: int) -> Tile:

@@ -9,6 +9,8 @@ from itertools import product
 
 import torch
 
+from stellar_fast.kernels.common.tiles import dot_size
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -24,11 +26,6 @@ class Config:
     backward: Tile
 
 
-def power_of_two(size: int) -> int:
-    """The smallest power of two that holds `size`, at least 16: tl.dot's smallest dimension."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device | str) -> Config:
     """Slices in loads of 128 bits with half the registers or less of a thread; `device` makes no difference.
 
@@ -36,7 +33,7 @@ def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
     multiprocessor that hide its waits: with slices twice as wide the kernels took 120 to 250 registers. The three
     parts of an fp32 product take most of them, in the backward of 16-bit tokens too, whose differences are fp32.
     """
-    widest = power_of_two(shape["D"])
+    widest = dot_size(shape["D"])
     forward = Tile(64 if dtype.itemsize == 2 else 32, 4 if shape["K"] <= 32 else 8)
     backward = Tile(32 if shape["K"] <= 32 else 16, 4)  # 64 tokens spilled at 32 with 4, 8 and 16 warps
     return Config(*(Tile(min(tile.block_d, widest), tile.num_warps) for tile in (forward, backward)))
@@ -54,8 +51,8 @@ def is_valid(config: Config, shape: Mapping[str, int], dtype: torch.dtype) -> bo
     """Whether the kernels compile, and their tiles probably fit in registers: 16 elements a thread rarely spill."""
     return all(
         tile.num_warps in (1, 2, 4, 8)
-        and 16 <= tile.block_d <= power_of_two(shape["D"])
+        and 16 <= tile.block_d <= dot_size(shape["D"])
         and tile.block_d & (tile.block_d - 1) == 0
-        and power_of_two(shape["K"]) * tile.block_d <= 16 * 32 * tile.num_warps
+        and dot_size(shape["K"]) * tile.block_d <= 16 * 32 * tile.num_warps
         for tile in (config.forward, config.backward)
     )

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from stellar_fast.kernels.common.launch import launch
+from stellar_fast.kernels.common.tiles import dot_size
 from stellar_fast.kernels.common.tl_dot import dot
-from stellar_fast.kernels.koleo.config import Config, power_of_two
+from stellar_fast.kernels.koleo.config import Config
 from stellar_fast.registry import Shape
 
 EPS = tl.constexpr(1e-8)  # the smallest norm, what is added to every difference and within the logarithm
@@ -155,7 +156,7 @@ def launch_koleo_fwd(x: Tensor, min_distance: float, config: Config) -> tuple[Te
         min_distance,
         K=K,
         D=D,
-        BLOCK_K=power_of_two(K),
+        BLOCK_K=dot_size(K),
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
     )
@@ -188,7 +189,7 @@ def launch_koleo_bwd(
         1 / (N * K),
         K=K,
         D=D,
-        BLOCK_K=power_of_two(K),
+        BLOCK_K=dot_size(K),
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
     )

@@ -9,7 +9,8 @@ from itertools import product
 
 import torch
 
-SHARED_BYTES = 166_912  # what a block can have on sm_80, the smallest of the three
+from stellar_fast.kernels.common.tiles import SHARED_BYTES, dot_size
+
 # Programs of a pass: two on each of an H100's 132 multiprocessors, so that one loads while the other multiplies.
 ENOUGH_PROGRAMS = 256
 
@@ -32,11 +33,6 @@ class Config:
     forward: Tile
     backward: Tile
     splits: int
-
-
-def power_of_two(size: int) -> int:
-    """The smallest power of two that holds `size`, at least 16: tl.dot's smallest inner dimension."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _splits(shape: Mapping[str, int], tile: Tile) -> int:
@@ -70,7 +66,7 @@ def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
 
 def _fitted(tile: Tile, shape: Mapping[str, int]) -> Tile:
     """No slice wider than the tensor, padded."""
-    block_d, block_e = min(tile.block_d, power_of_two(shape["D"])), min(tile.block_e, power_of_two(shape["E"]))
+    block_d, block_e = min(tile.block_d, dot_size(shape["D"])), min(tile.block_e, dot_size(shape["E"]))
     return replace(tile, block_d=block_d, block_e=block_e)
 
 
@@ -89,7 +85,7 @@ def is_valid(config: Config, shape: Mapping[str, int], dtype: torch.dtype) -> bo
     """Whether the kernels compile, fit in shared memory, and probably in registers."""
     if not 1 <= config.splits <= max(1, -(-shape["P"] // config.backward.block_p)):
         return False
-    block_k = power_of_two(shape["K"])
+    block_k = dot_size(shape["K"])
     for tile in (config.forward, config.backward):
         blocks = (tile.block_p, tile.block_d, tile.block_e)
         if any(block < 16 or block & (block - 1) for block in blocks) or tile.num_warps not in (4, 8):

@@ -12,13 +12,14 @@ import triton
 from torch import Tensor
 
 from stellar_fast.kernels.common.launch import launch
+from stellar_fast.kernels.common.tiles import dot_size
 from stellar_fast.kernels.lowrank_product.backward import (
     backward_query_kernel,
     backward_softmax_kernel,
     backward_value_kernel,
     sum_splits_kernel,
 )
-from stellar_fast.kernels.lowrank_product.config import Config, power_of_two
+from stellar_fast.kernels.lowrank_product.config import Config
 from stellar_fast.kernels.lowrank_product.forward import forward_kernel
 from stellar_fast.registry import Shape
 
@@ -69,7 +70,7 @@ def launch_lowrank_product_fwd(
         E=E,
         COSINE=temperature is not None,
         BLOCK_P=tile.block_p,
-        BLOCK_K=power_of_two(K),
+        BLOCK_K=dot_size(K),
         BLOCK_D=tile.block_d,
         BLOCK_E=tile.block_e,
         num_warps=tile.num_warps,
@@ -107,7 +108,7 @@ def launch_lowrank_product_bwd(
     grad_product, query_back = torch.empty_like(logits), torch.empty_like(query_scale)
     key_back = logits.new_empty(B, splits * tiles, K)
     cosine, factor = temperature is not None, _factor(D, temperature)
-    knobs = {"K": K, "BLOCK_P": tile.block_p, "BLOCK_K": power_of_two(K)}
+    knobs = {"K": K, "BLOCK_P": tile.block_p, "BLOCK_K": dot_size(K)}
     launch(
         backward_value_kernel,
         (B, parts, splits),

@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-SHARED_BYTES = 166_912  # what a block can have on sm_80, the smallest of the three
+from stellar_fast.kernels.common.tiles import SHARED_BYTES, dot_size
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
 
 def _fitted(tile: Tile, shape: Mapping[str, int]) -> Tile:
     """No wider than the tokens, padded to a power of two of at least 16, tl.dot's smallest."""
-    return replace(tile, block_d=min(tile.block_d, max(16, 1 << (shape["D"] - 1).bit_length())))
+    return replace(tile, block_d=min(tile.block_d, dot_size(shape["D"])))
 
 
 def candidates(shape: Mapping[str, int], dtype: torch.dtype) -> Iterator[Config]:

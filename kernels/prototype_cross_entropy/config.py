@@ -9,7 +9,8 @@ from itertools import product
 
 import torch
 
-SHARED_BYTES = 166_912  # what a block can have on sm_80, the smallest of the three
+from stellar_fast.kernels.common.tiles import SHARED_BYTES, dot_size
+
 # Programs of a pass: two for each of an H100's 132 multiprocessors, so that none waits for the last one.
 ENOUGH_PROGRAMS = 256
 
@@ -42,11 +43,6 @@ class Config:
     prototypes_splits: int
 
 
-def power_of_two(size: int) -> int:
-    """The smallest power of two that holds `size`, at least 16: tl.dot's smallest inner dimension."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 def _splits(kept: int, block: int, summed: int, step: int) -> int:
     """As few as fill the device: every further one writes sums of its own.
 
@@ -75,8 +71,8 @@ def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
     room for two more matrices, and `dtype` is the widest of all four. fp32 is multiplied as three tf32 products, whose
     parts leave room for slices alone.
     """
-    width, again = power_of_two(max(shape["E"], shape.get("D", 0))), "D" in shape
-    most = power_of_two(shape["E"])  # columns of the gradient
+    width, again = dot_size(max(shape["E"], shape.get("D", 0))), "D" in shape
+    most = dot_size(shape["E"])  # columns of the gradient
     if dtype.itemsize == 4:
         slice_e = min(32, width)
         forward = features = Tile(64, 32, slice_e, min(64, most), 8, 1)
@@ -113,7 +109,7 @@ def candidates(shape: Mapping[str, int], dtype: torch.dtype) -> Iterator[Config]
 
 def is_valid(config: Config, shape: Mapping[str, int], dtype: torch.dtype) -> bool:
     """Whether the kernels compile, fit in shared memory, and probably in registers."""
-    matrices, width = 2 if "D" in shape else 1, power_of_two(shape["E"])
+    matrices, width = 2 if "D" in shape else 1, dot_size(shape["E"])
     for name in ("forward", "features", "prototypes"):
         tile: Tile = getattr(config, name)
         blocks = (tile.block_r, tile.block_c, tile.slice_e, tile.block_out)

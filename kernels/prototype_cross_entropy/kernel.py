@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from stellar_fast.kernels.common.launch import launch
+from stellar_fast.kernels.common.tiles import dot_size
 from stellar_fast.kernels.common.tl_dot import dot
-from stellar_fast.kernels.prototype_cross_entropy.config import Config, Tile, heuristic, power_of_two
+from stellar_fast.kernels.prototype_cross_entropy.config import Config, Tile, heuristic
 from stellar_fast.registry import Shape
 
 # fp16 has no room for probabilities below 6e-5: its gradients of logits, at most about one, are taken this much larger.
@@ -393,8 +394,8 @@ def _inputs(
 def _widths(features: Tensor, targets: list[Tensor], tile: Tile) -> dict[str, int]:
     E, D = features.shape[1], targets[2].shape[1] if len(targets) == 4 else 1
     blocks = {
-        "BLOCK_E": power_of_two(E),
-        "BLOCK_D": power_of_two(D),
+        "BLOCK_E": dot_size(E),
+        "BLOCK_D": dot_size(D),
         "SLICE": tile.slice_e,
         "BLOCK_OUT": tile.block_out,
     }

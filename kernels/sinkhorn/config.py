@@ -9,6 +9,8 @@ from itertools import product
 
 import torch
 
+from stellar_fast.kernels.common.tiles import power_of_two
+
 # Of a whole row, what a thread holds while sums of columns gather beside it: twice 32 registers of its 128.
 WHOLE_ELEMENTS = 32
 # The widest row that one program holds so, with 16 warps and all registers of a multiprocessor. A wider one is read
@@ -59,7 +61,7 @@ class Config:
 
 
 def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
+    return power_of_two(size)
 
 
 def _multiprocessors(device: torch.device | str) -> int:

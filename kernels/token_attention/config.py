@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from stellar_fast.kernels.common.tiles import dot_size
 from stellar_fast.registry import Shape
 
 # Of one batch; a training batch has three at the most. Lengths in no order would otherwise take a launch a sequence.
@@ -54,7 +55,7 @@ class Run(NamedTuple):
 
 def padded(size: int) -> int:
     """The power of two that holds `size`; 16 is the least that a tensor core takes."""
-    return max(16, 1 << (size - 1).bit_length())
+    return dot_size(size)
 
 
 def heuristic(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Config:

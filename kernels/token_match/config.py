@@ -9,6 +9,8 @@ from itertools import product
 
 import torch
 
+from stellar_fast.kernels.common.tiles import power_of_two
+
 # Sums of squared differences that a thread holds, one for every pair of tokens and element of a slice: as many again
 # are on their way, and with 64 nothing spills.
 SUMS = 64
@@ -20,10 +22,6 @@ class Config:
 
     block_d: int
     num_warps: int
-
-
-def power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
 
 
 def padded_tokens(K: int) -> int:

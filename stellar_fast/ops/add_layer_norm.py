@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.add_layer_norm import reference
-from stellar_fast.ops.checks import check_devices, check_floating, check_positive, in_forward_mode
+from stellar_fast.ops.checks import check_devices, check_floating, check_positive, in_forward_mode, with_dense_rows
 
 # Below this many elements the dispatch of a registered operator costs more than one pass over memory saves: it is
 # some 90 us forward and backward, as much as torch's own bf16 operators take for 10^5 elements on 2 cores of a Zen 5.
@@ -67,8 +67,8 @@ def _backward(
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backend.ran(_OPERATOR, name)
-    grad_normed = _with_dense_rows(grad_normed)
-    grad_total = None if grad_total is None else _with_dense_rows(grad_total)
+    grad_normed = with_dense_rows(grad_normed)
+    grad_total = None if grad_total is None else with_dense_rows(grad_total)
     if name == "triton":
         from stellar_fast.kernels.add_layer_norm import config, kernel
 
@@ -181,8 +181,8 @@ def add_layer_norm(
         return total.to(total_dtype), normed.to(dtype)
     if name == "torch":
         return _torch(x, residual, weight, bias, eps, dtype)
-    rows = _with_dense_rows(x.reshape(-1, D))
-    stream = None if residual is None else _with_dense_rows(residual.reshape(-1, D))
+    rows = with_dense_rows(x.reshape(-1, D))
+    stream = None if residual is None else with_dense_rows(residual.reshape(-1, D))
     total, normed, _, _ = _forward(rows, stream, weight, bias, eps, dtype, name)
     return x if residual is None else total.view(x.shape), normed.view(x.shape)
 
@@ -209,12 +209,6 @@ def _unfit(dtypes: tuple[torch.dtype, ...], elements: int) -> tuple[tuple[str, s
     if elements < SMALL and backend.requested(_OPERATOR) is None:
         unfit.append(("cpu", "the tensors are small"))
     return tuple(unfit)
-
-
-def _with_dense_rows(x: Tensor) -> Tensor:
-    """With the elements of a row next to each other; rows may be strided, but not all at one place."""
-    dense = (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(0) > 0 or x.shape[0] <= 1)
-    return x if dense else x.contiguous()
 
 
 def _floats(x: Tensor) -> Tensor:

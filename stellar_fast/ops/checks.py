@@ -1,4 +1,4 @@
-"""Argument checks shared by the doors, and what torch is doing around the call."""
+"""Argument checks and layouts shared by the doors, and what torch is doing around the call."""
 
 import os
 
@@ -54,6 +54,12 @@ def check_positive(**named: float) -> None:
     for name, value in named.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive but is {value}")
+
+
+def with_dense_rows(x: Tensor) -> Tensor:
+    """With the elements of a row next to each other; rows may be strided, but not all at one place."""
+    dense = (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.dim() < 2 or x.stride(-2) > 0 or x.shape[-2] <= 1)
+    return x if dense else x.contiguous()
 
 
 def values_are_checked(tensor: Tensor) -> bool:

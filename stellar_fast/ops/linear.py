@@ -146,15 +146,16 @@ def _grad_weight_of_slice(way: str, grad: Tensor, x: Tensor, sums: Tensor | None
     return torch.ops.aten.mkldnn_linear_backward_weights(grad.to_mkldnn(), x.to_mkldnn(), like_weight, False)[0]
 
 
-def transposed(x: Tensor, place: str, sums: Tensor | None = None) -> Tensor:
-    """A dense copy of x^T in scratch memory, and its row sums added to `sums` (fp32).
+def transposed(x: Tensor, place: str | None, sums: Tensor | None = None) -> Tensor:
+    """A dense copy of x^T in scratch memory, or in its own without a `place`; its row sums are added to `sums` (fp32).
 
     Without the native module a view, since torch's own copy takes longer than it saves.
     """
     if not native.available():
         return x.t()
     x = _with_dense_rows(x)
-    out = _scratch((x.shape[1], x.shape[0]), x.dtype, place)
+    shape = x.shape[1], x.shape[0]
+    out = x.new_empty(shape) if place is None else _scratch(shape, x.dtype, place)
     native.module().transpose(
         x.data_ptr(),
         x.stride(0),

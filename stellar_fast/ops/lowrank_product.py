@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.lowrank_product import reference
-from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode
+from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode, with_dense_rows
 
 # Largest sizes that the kernels take: a patch's tokens stay in registers, an image's packed tokens in the caches.
 LARGEST = {"P": 4096, "K": 64, "D": 2048, "E": 2048}
@@ -78,7 +78,7 @@ def _backward(
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend.ran(_OPERATOR, name)
-    grad_out = _with_dense_rows(grad_out)
+    grad_out = with_dense_rows(grad_out)
     grad_localization = None if grad_localization is None else grad_localization.contiguous()
     if name == "triton":
         from stellar_fast.kernels.lowrank_product import config, kernel
@@ -175,7 +175,7 @@ def lowrank_product(
     if name == "reference":
         out, localization, peak = reference.lowrank_product(query, key, value, temperature, bias)
     else:
-        query, key, value = map(_with_dense_rows, (query, key, value))
+        query, key, value = map(with_dense_rows, (query, key, value))
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         out, localization, peak, *_ = _forward(query, key, value, temperature, bias, return_localization, name)
     return out, localization if return_localization else None, peak
@@ -193,11 +193,6 @@ def _unfit(sizes: dict[str, int], tensors: tuple[Tensor, ...]) -> tuple[tuple[st
     for name, dtypes in DTYPES.items():
         unfit += [(name, f"it does not compute in {x.dtype}") for x in tensors if x.dtype not in dtypes]
     return tuple(unfit)
-
-
-def _with_dense_rows(x: Tensor) -> Tensor:
-    """With the elements of a row next to each other, which the kernels need; images and rows may be strided."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _sizes(query: Tensor, value: Tensor) -> dict[str, int]:

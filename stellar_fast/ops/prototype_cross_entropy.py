@@ -8,7 +8,14 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.prototype_cross_entropy import reference
-from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode, values_are_checked
+from stellar_fast.ops.checks import (
+    check_floating,
+    check_positive,
+    check_shapes,
+    in_forward_mode,
+    values_are_checked,
+    with_dense_rows,
+)
 from stellar_fast.ops.linear import pointwise, transposed
 from stellar_fast.ops.sinkhorn import SinkhornTargets
 
@@ -132,7 +139,7 @@ def _scaled(
     prototypes_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     if grad_prototypes_t.dim() == 2:
-        grad_prototypes = _transposed(grad_prototypes_t)
+        grad_prototypes = transposed(grad_prototypes_t, None)
         if grad.item() != 1.0:  # of a loss that is added as it is, it is 1
             grad_prototypes.mul_(grad)
     else:
@@ -202,7 +209,7 @@ def _on_cpu(
     features, prototypes = features.to(dtype).contiguous(), prototypes.to(dtype).contiguous()
     if len(targets) > 1:
         targets = [x if x.dtype in (torch.float32, torch.bfloat16) else x.float() for x in targets]
-        targets = [*(x.float().contiguous() for x in targets[:2]), *map(_with_dense_rows, targets[2:])]
+        targets = [*(x.float().contiguous() for x in targets[:2]), *map(with_dense_rows, targets[2:])]
     needs_features, needs_prototypes = needs
     losses = torch.empty(R, dtype=torch.float64)
     grad_features = torch.empty((R, E) if needs_features else 0, dtype=torch.float32)
@@ -275,12 +282,6 @@ def _multiplies_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _transposed(x: Tensor) -> Tensor:
-    out = x.new_empty(x.shape[1], x.shape[0])
-    native.module().transpose(x.data_ptr(), x.stride(0), *x.shape, out.data_ptr(), 0, False, torch.get_num_threads())
-    return out
-
-
 def _check_values(targets: list[Tensor], index: Tensor | None, C: int) -> None:
     for name, values, size in (("index", index, len(targets[0])), ("targets", targets[0], C)):
         if values is None or (name == "targets" and len(targets) > 1):
@@ -290,21 +291,15 @@ def _check_values(targets: list[Tensor], index: Tensor | None, C: int) -> None:
             raise ValueError(f"{name} must be 0 to {size - 1} but holds {low if low < 0 else high}")
 
 
-def _with_dense_rows(x: Tensor) -> Tensor:
-    """With the elements of a row next to each other; rows may be strided, but not all at one place."""
-    dense = (x.stride(-1) == 1 or x.shape[-1] == 1) and (x.stride(0) > 0 or x.shape[0] <= 1)
-    return x if dense else x.contiguous()
-
-
 def _for_triton(
     features: Tensor, prototypes: Tensor, targets: list[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     if len(targets) > 1:
         targets = [x.float() if x.dtype == torch.float64 else x for x in targets]
-        targets = [*(x.float().contiguous() for x in targets[:2]), *map(_with_dense_rows, targets[2:])]
+        targets = [*(x.float().contiguous() for x in targets[:2]), *map(with_dense_rows, targets[2:])]
     else:
         targets = [targets[0].contiguous()]
-    return _with_dense_rows(features.to(dtype)), _with_dense_rows(prototypes.to(dtype)), targets
+    return with_dense_rows(features.to(dtype)), with_dense_rows(prototypes.to(dtype)), targets
 
 
 def _problem(features: Tensor, prototypes: Tensor, targets: list[Tensor]) -> tuple[dict[str, int], torch.dtype]:

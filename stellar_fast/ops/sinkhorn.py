@@ -17,7 +17,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.sinkhorn import reference
-from stellar_fast.ops.checks import check_floating, check_positive, check_shapes
+from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, with_dense_rows
 
 DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -227,7 +227,7 @@ def _solve(
     statistics: bool,
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logits = _with_dense_rows(logits.detach())
+    logits = with_dense_rows(logits.detach())
     if group is None:
         return _whole(logits, temperature, iterations, scale, assignments, statistics, name)
     local_peak, sums = _columns(logits, temperature, name)
@@ -286,11 +286,6 @@ def _empty_results(logits: Tensor, assignments: bool, statistics: bool) -> tuple
 def _parts(logits: Tensor) -> int:
     """Groups of rows, a thread each."""
     return max(1, min(torch.get_num_threads(), logits.shape[0], logits.numel() // SMALL))
-
-
-def _with_dense_rows(x: Tensor) -> Tensor:
-    """With the elements of a row next to each other; rows may be strided."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def _matrix(x: Tensor, temperature: float) -> tuple[int, bool, int, int, int, float]:

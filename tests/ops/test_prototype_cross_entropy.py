@@ -433,14 +433,15 @@ def test_triton_targets_in_a_wider_dtype(backend, device, targets):
 @pytest.mark.parametrize("D", [None, 1, 40, 64, 256, 300, 700])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
 def test_the_heuristic_is_valid(E, D, dtype):
-    from stellar_fast.kernels.prototype_cross_entropy.config import heuristic, is_valid, power_of_two
+    from stellar_fast.kernels.common.tiles import dot_size
+    from stellar_fast.kernels.prototype_cross_entropy.config import heuristic, is_valid
 
     shape = {"R": 1024, "C": 16384, "E": E} | ({} if D is None else {"D": D})
     config = heuristic(shape, dtype, "cuda")
     assert is_valid(config, shape, dtype)
     for name in ("features", "prototypes"):
         tile = getattr(config, name)
-        for block_out in (2 * power_of_two(E), power_of_two(E) // 2 if tile.slice_e >= E else 8):
+        for block_out in (2 * dot_size(E), dot_size(E) // 2 if tile.slice_e >= E else 8):
             wrong = dataclasses.replace(config, **{name: dataclasses.replace(tile, block_out=block_out)})
             assert not is_valid(wrong, shape, dtype)
 
