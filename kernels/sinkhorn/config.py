@@ -60,10 +60,6 @@ class Config:
     slices: Slices
 
 
-def _power_of_two(size: int) -> int:
-    return power_of_two(size)
-
-
 def _multiprocessors(device: torch.device | str) -> int:
     if str(device).startswith("cuda") and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
@@ -76,7 +72,7 @@ def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
     vector = 16 // dtype.itemsize
     enough = RESIDENT_WARPS["columns"] * multiprocessors // -(-C // (32 * vector))
     parts = max(1, min(-(-R // PART_ROWS), enough))
-    whole, width = None, _power_of_two(C)
+    whole, width = None, power_of_two(C)
     if C <= WIDEST_WHOLE:
         num_warps = max(1, width // (32 * WHOLE_ELEMENTS))
         whole = Whole(width, num_warps, multiprocessors * RESIDENT_WARPS["whole"] // num_warps)

@@ -53,11 +53,6 @@ class Run(NamedTuple):
     config: Config
 
 
-def padded(size: int) -> int:
-    """The power of two that holds `size`; 16 is the least that a tensor core takes."""
-    return dot_size(size)
-
-
 def heuristic(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> Config:
     """Tiles for the longest sequences of a launch.
 
@@ -66,7 +61,7 @@ def heuristic(shape: Shape, dtype: torch.dtype, device: torch.device | str) -> C
         dtype: of the inputs.
         device: a torch device, or "sm_80" and the like; what is not known counts as sm_90.
     """
-    queries, keys, wide = padded(shape["Lq"]), padded(shape["Lk"]), shape["d"] > 64
+    queries, keys, wide = dot_size(shape["Lq"]), dot_size(shape["Lk"]), shape["d"] > 64
     if dtype == torch.float32:
         # three tf32 products hold three parts of every operand: 64-row tiles spill everywhere
         forward = Tile(min(queries, 16 if wide else 32), min(keys, 32), 4, 1)
@@ -122,12 +117,12 @@ def candidates(shape: Shape, dtype: torch.dtype) -> Iterator[Config]:
 
 def is_valid(config: Config, shape: Shape, dtype: torch.dtype) -> bool:
     """Whether a config can run at a shape without tiles much larger than it, or accumulators past the registers."""
-    width = padded(shape["d"])
+    width = dot_size(shape["d"])
     for tile, products in ((config.forward, 1), (config.backward, 2)):
         sizes = (tile.block_q, tile.block_k, tile.num_warps, tile.num_stages)
         if any(size < 1 or size & (size - 1) for size in sizes[:3]) or min(sizes[:2]) < 16 or not 1 <= sizes[3] <= 4:
             return False
-        if tile.block_q > padded(shape["Lq"]) or tile.block_k > padded(shape["Lk"]):
+        if tile.block_q > dot_size(shape["Lq"]) or tile.block_k > dot_size(shape["Lk"]):
             return False
         # fp32 numbers a thread: the accumulators of `products` gradients (or the output) and as many tiles of scores
         owned = tile.block_q if products == 1 else tile.block_k

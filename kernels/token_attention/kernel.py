@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from stellar_fast.kernels.common.launch import launch
+from stellar_fast.kernels.common.tiles import dot_size
 from stellar_fast.kernels.common.tl_dot import INTERPRETED, dot
-from stellar_fast.kernels.token_attention.config import Config, padded
+from stellar_fast.kernels.token_attention.config import Config
 from stellar_fast.registry import Shape
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -300,7 +301,7 @@ def launch_token_attention_fwd(
         *(tiles, scale * math.log2(math.e)),
         HEADS=heads,
         D=head_dim,
-        BLOCK_D=padded(head_dim),
+        BLOCK_D=dot_size(head_dim),
         BLOCK_Q=tile.block_q,
         BLOCK_K=tile.block_k,
         ONE_TILE=max_length_k <= tile.block_k,
@@ -337,7 +338,7 @@ def launch_token_attention_bwd(
     grad_q, grad_k, grad_v = out_grads
     tile = config.backward
     sequences = len(cu_seqlens_q) - 1
-    constants = {"HEADS": heads, "D": head_dim, "BLOCK_D": padded(head_dim)}
+    constants = {"HEADS": heads, "D": head_dim, "BLOCK_D": dot_size(head_dim)}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     if max_length_k <= tile.block_k and q.dtype != torch.float32:
         launch(
