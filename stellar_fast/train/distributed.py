@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,9 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
     ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"]))
     started = not dist.is_initialized()
     if started:
+        # The first call of a custom operator imports it, and its import keeps a group that exists alive (torch 2.13):
+        # gloo's threads then outlive the interpreter, and a process that has done its work ends in SIGABRT.
+        importlib.import_module("torch._dynamo")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield ranks

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stellar_fast import StellarModel
 from stellar_fast.nn.prototype_head import PrototypeHead
 from tests.conftest import SMALL_DECODER, SMALL_ENCODER, SMALL_KWARGS
+from tests.ranks import run_two_ranks
 
 STEPS = 2
 
@@ -54,9 +55,7 @@ def train(model, module: StellarModel, rank: int = 0, world_size: int = 1) -> di
     return gradients | module.upstream_state_dict()
 
 
-def one_rank(rank: int, folder: str, kind: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+def one_rank(rank: int, folder: Path, kind: str) -> None:
     module = build()
     if kind == "ddp":
         model = DistributedDataParallel(module)
@@ -71,14 +70,12 @@ def one_rank(rank: int, folder: str, kind: str) -> None:
         model = module
     found = train(model, module, rank, 2)
     if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+        torch.save(found, folder / "found.pt")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_are_one(tmp_path: Path, kind: str) -> None:
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path), kind), nprocs=2)
+    run_two_ranks(one_rank, tmp_path, tmp_path, kind)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     module = build()
     before = copy.deepcopy(module.upstream_state_dict())

@@ -14,6 +14,7 @@ from stellar_fast.ops import SinkhornTargets, sinkhorn_knopp, sinkhorn_potential
 from stellar_fast.registry import OpSpec, Shape, by_argument
 from tests.conftest import mismatches
 from tests.harness import check_op, check_registered, each_backend, each_dtype, each_shape, poisoned_memory
+from tests.ranks import run_two_ranks
 
 POTENTIALS = dataclasses.replace(
     SPEC, public="sinkhorn_potentials", reference=by_argument(reference.sinkhorn_potentials)
@@ -319,30 +320,25 @@ def test_stages_are_registered(backend, device):
         torch.library.opcheck(ops.sinkhorn_rows.default, (logits, 0.06, row, column, last, True, True, backend))
 
 
-def two_ranks(rank, file, logits, temperature):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    try:
-        group = torch.distributed.group.WORLD
-        mine = logits.split([5, 11])[rank]  # ranks need not have as many rows
-        for name in ("cpu", "reference"):
-            with use_backend(sinkhorn=name):
-                for scale in (1.0, 0.7):
-                    options = {"temperature": temperature, "scale": scale}
-                    row, column, entropy, first = sinkhorn_potentials(logits, statistics=True, **options)
-                    want = row.split([5, 11])[rank], column, entropy.split([5, 11])[rank]
-                    *have, chosen = sinkhorn_potentials(mine, group=group, statistics=True, **options)
-                    torch.testing.assert_close(have, list(want), rtol=2e-6, atol=1e-5)
-                    assert torch.equal(chosen, first.split([5, 11])[rank])
-                    assignments = sinkhorn_knopp(logits, **options).split([5, 11])[rank]
-                    found = sinkhorn_knopp(mine, group=group, **options)
-                    torch.testing.assert_close(found, assignments, rtol=2e-5, atol=1e-9)
-    finally:
-        torch.distributed.destroy_process_group()
+def joined_rows(rank: int, logits: Tensor, temperature: float) -> None:
+    group = torch.distributed.group.WORLD
+    mine = logits.split([5, 11])[rank]  # ranks need not have as many rows
+    for name in ("cpu", "reference"):
+        with use_backend(sinkhorn=name):
+            for scale in (1.0, 0.7):
+                options = {"temperature": temperature, "scale": scale}
+                row, column, entropy, first = sinkhorn_potentials(logits, statistics=True, **options)
+                want = row.split([5, 11])[rank], column, entropy.split([5, 11])[rank]
+                *have, chosen = sinkhorn_potentials(mine, group=group, statistics=True, **options)
+                torch.testing.assert_close(have, list(want), rtol=2e-6, atol=1e-5)
+                assert torch.equal(chosen, first.split([5, 11])[rank])
+                assignments = sinkhorn_knopp(logits, **options).split([5, 11])[rank]
+                found = sinkhorn_knopp(mine, group=group, **options)
+                torch.testing.assert_close(found, assignments, rtol=2e-5, atol=1e-9)
 
 
 def test_two_ranks_give_what_one_gives_on_the_joined_rows(tmp_path):
     """The second rank's logits are 30 higher in half of the columns: a column's peak is not the rank's own."""
     logits = draw(16, 20)
     logits[5:, ::2] += 30.0
-    torch.multiprocessing.spawn(two_ranks, (str(tmp_path / "rendezvous"), logits, 1.0), nprocs=2)
+    run_two_ranks(joined_rows, tmp_path, logits, 1.0)
