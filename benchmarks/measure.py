@@ -171,7 +171,7 @@ def peak_extra_mib(call: Call, device: torch.device) -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        from stellar_fast.ops.linear import release_scratch
+        from stellar_fast.ops.scratch import release_scratch
 
         release_scratch()
         ctypes.CDLL(None).malloc_trim(0)

@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script: th
 
 from benchmarks import measure, operators, shapes
 from benchmarks.measure import DTYPES, Row
-from benchmarks.model import encode, memory, objective, scaling, step
+from benchmarks.model import encode, memory, objective, scaling, step, vqgan
 from benchmarks.model.pair import Case
 from stellar_fast import backend
 from stellar_fast.registry import load
@@ -38,6 +38,8 @@ MODEL_SUITES: dict[str, tuple[Callable[..., Case], int, float]] = {  # images, a
     "objective": (objective.build_case, objective.BATCH, 0.3),
     "encode": (encode.build_case, shapes.ENCODE_BATCH, 1.0),
     "step": (step.build_case, shapes.STEP_BATCH, 1.0),
+    "codes": (vqgan.build_codes_case, vqgan.BATCH, 0.3),
+    "decode": (vqgan.build_decode_case, vqgan.BATCH, 0.3),
 }
 DEFAULT_SUITES = (*MODEL_SUITES, "ops")
 SUITES = (*DEFAULT_SUITES, "scaling", "memory")

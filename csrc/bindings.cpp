@@ -12,13 +12,17 @@
 #include "common/allocator.h"
 #include "common/check.h"
 #include "crop_resize/crop_resize.h"
+#include "group_norm_silu/group_norm_silu.h"
 #include "koleo/koleo.h"
 #include "linear/linear.h"
 #include "lowrank_product/lowrank_product.h"
+#include "nearest_code/nearest_code.h"
+#include "patch_unembed/patch_unembed.h"
 #include "prototype_cross_entropy/prototype_cross_entropy.h"
 #include "sinkhorn/sinkhorn.h"
 #include "token_attention/token_attention.h"
 #include "token_match/token_match.h"
+#include "upsample_conv2x/upsample_conv2x.h"
 
 namespace py = pybind11;
 using namespace stellar_fast;
@@ -269,6 +273,186 @@ void koleo_backward_checked(int images, int tokens, int width, const TokensArgum
   koleo_backward(call, grad_loss, address<void>(grad_x), threads);
 }
 
+// (rows, codes, width, z, stride of its rows, codebook, stride of its rows, out), strides in elements.
+using NearestCodeArgument = std::tuple<ptrdiff_t, int, int, uintptr_t, ptrdiff_t, uintptr_t, ptrdiff_t, uintptr_t>;
+
+NearestCode nearest_code_call(const NearestCodeArgument &x) {
+  const auto [rows, codes, width, z, z_stride, codebook, codebook_stride, out] = x;
+  check(rows >= 0 && codes >= 1 && codes <= 1 << 30 && width >= 0, "sizes must be positive but are ", rows, ", ", codes, ", ", width);
+  return {rows, codes, width, address<const void>(z), z_stride, address<const float>(codebook), codebook_stride, address<int64_t>(out)};
+}
+
+void nearest_code_checked(const NearestCodeArgument &x, bool is_bfloat16, int threads) {
+  const NearestCode call = nearest_code_call(x);
+  const py::gil_scoped_release release;
+  nearest_code(call, is_bfloat16, threads);
+}
+
+#ifdef STELLAR_FAST_CUDA
+void nearest_code_cuda_checked(int device, uintptr_t stream, const NearestCodeArgument &x, int splits, uintptr_t squares, uintptr_t best,
+                               uintptr_t index, int dtype) {
+  const NearestCode call = nearest_code_call(x);
+  check(splits >= 1 && splits <= 65535, "splits must be 1 to 65535 but are ", splits);
+  const NearestCodeScratch scratch{splits, address<float>(squares), address<float>(best), address<int32_t>(index)};
+  const py::gil_scoped_release release;
+  nearest_code_cuda({device, stream}, call, scratch, Dtype(dtype));
+}
+#endif
+
+// (images, channels, rows of patches, columns of them, side of a patch in pixels)
+using PatchGridArgument = std::tuple<int, int, int, int, int>;
+
+PatchGrid patch_grid(const PatchGridArgument &sizes) {
+  const auto [images, channels, rows, columns, side] = sizes;
+  check(images >= 0 && channels >= 1 && rows >= 1 && columns >= 1 && side >= 1, "sizes must be positive but are ", images, ", ", channels,
+        ", ", rows, ", ", columns, ", ", side);
+  const double most = 2147483647;  // of bands, and of pixels in one
+  check(double(images) * channels * rows <= most && double(columns) * side * side <= most, "sizes are too large: ", images, ", ", channels,
+        ", ", rows, ", ", columns, ", ", side);
+  return {images, channels, rows, columns, side};
+}
+
+void patch_unembed_forward_checked(const PatchGridArgument &sizes, uintptr_t patches, uintptr_t bias, uintptr_t image, bool is_bfloat16,
+                                   int threads) {
+  const PatchGrid grid = patch_grid(sizes);
+  const py::gil_scoped_release release;
+  patch_unembed_forward(grid, address<const void>(patches), address<const void>(bias), address<void>(image), is_bfloat16, threads);
+}
+
+void patch_unembed_backward_checked(const PatchGridArgument &sizes, uintptr_t image, uintptr_t patches, uintptr_t sums, bool is_bfloat16,
+                                    int threads) {
+  const PatchGrid grid = patch_grid(sizes);
+  const py::gil_scoped_release release;
+  patch_unembed_backward(grid, address<const void>(image), address<void>(patches), address<float>(sums), is_bfloat16, threads);
+}
+
+#ifdef STELLAR_FAST_CUDA
+void patch_unembed_forward_cuda_checked(int device, uintptr_t stream, const PatchGridArgument &sizes, uintptr_t patches, uintptr_t bias,
+                                        uintptr_t image, int dtype) {
+  const PatchGrid grid = patch_grid(sizes);
+  const py::gil_scoped_release release;
+  patch_unembed_forward_cuda({device, stream}, grid, address<const void>(patches), address<const void>(bias), address<void>(image),
+                             Dtype(dtype));
+}
+
+void patch_unembed_backward_cuda_checked(int device, uintptr_t stream, const PatchGridArgument &sizes, uintptr_t image, uintptr_t patches,
+                                         uintptr_t sums, int dtype) {
+  const PatchGrid grid = patch_grid(sizes);
+  const py::gil_scoped_release release;
+  patch_unembed_backward_cuda({device, stream}, grid, address<const void>(image), address<void>(patches), address<float>(sums),
+                              Dtype(dtype));
+}
+#endif
+
+// (images, pixels, channels, groups, address of weight, of bias, eps); weight and bias are fp32.
+using GroupNormArgument = std::tuple<ptrdiff_t, ptrdiff_t, int, int, uintptr_t, uintptr_t, float>;
+
+GroupNorm group_norm(const GroupNormArgument &x) {
+  const auto [images, pixels, channels, groups, weight, bias, eps] = x;
+  check(images >= 0 && pixels >= 0 && channels >= 1, "sizes must be positive but are ", images, ", ", pixels, ", ", channels);
+  check(groups >= 1 && channels % groups == 0, "groups ", groups, " must divide channels ", channels);
+  return {images, pixels, channels, groups, address<const float>(weight), address<const float>(bias), eps};
+}
+
+void group_norm_silu_forward_checked(const GroupNormArgument &norm, uintptr_t x, uintptr_t residual, uintptr_t y, uintptr_t stats,
+                                     bool given, uintptr_t out, bool is_bfloat16, int threads) {
+  const GroupNorm call = group_norm(norm);
+  const py::gil_scoped_release release;
+  group_norm_silu_forward(call, address<const void>(x), address<const void>(residual), address<void>(y), address<float>(stats), given,
+                          address<void>(out), is_bfloat16, threads);
+}
+
+void group_norm_silu_backward_checked(const GroupNormArgument &norm, uintptr_t stats, uintptr_t grad_out, uintptr_t grad_y, uintptr_t x,
+                                      uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, bool is_bfloat16, int threads) {
+  const GroupNorm call = group_norm(norm);
+  const py::gil_scoped_release release;
+  group_norm_silu_backward(call, address<const float>(stats), address<const void>(grad_out), address<const void>(grad_y),
+                           address<const void>(x), address<void>(grad_x), address<float>(grad_weight), address<float>(grad_bias),
+                           is_bfloat16, threads);
+}
+
+#ifdef STELLAR_FAST_CUDA
+size_t group_norm_silu_workspace_cuda_checked(const GroupNormArgument &norm) { return group_norm_silu_workspace_cuda(group_norm(norm)); }
+
+void group_norm_silu_forward_cuda_checked(int device, uintptr_t stream, const GroupNormArgument &norm, uintptr_t x, uintptr_t residual,
+                                          uintptr_t y, uintptr_t stats, bool given, uintptr_t out, int dtype, uintptr_t workspace) {
+  const GroupNorm call = group_norm(norm);
+  const py::gil_scoped_release release;
+  group_norm_silu_forward_cuda({device, stream}, call, address<const void>(x), address<const void>(residual), address<void>(y),
+                               address<float>(stats), given, address<void>(out), Dtype(dtype), address<float>(workspace));
+}
+
+void group_norm_silu_backward_cuda_checked(int device, uintptr_t stream, const GroupNormArgument &norm, uintptr_t stats,
+                                           uintptr_t grad_out, uintptr_t grad_y, uintptr_t x, uintptr_t grad_x, uintptr_t grad_weight,
+                                           uintptr_t grad_bias, int dtype, uintptr_t workspace) {
+  const GroupNorm call = group_norm(norm);
+  const py::gil_scoped_release release;
+  group_norm_silu_backward_cuda({device, stream}, call, address<const float>(stats), address<const void>(grad_out),
+                                address<const void>(grad_y), address<const void>(x), address<void>(grad_x), address<float>(grad_weight),
+                                address<float>(grad_bias), Dtype(dtype), address<float>(workspace));
+}
+#endif
+
+// (images, height, width, channels) of Upsampled
+using UpsampledArgument = std::tuple<int, int, int, int>;
+
+Upsampled upsampled(const UpsampledArgument &sizes, int groups) {
+  const auto [images, height, width, channels] = sizes;
+  check(images >= 0 && height >= 1 && width >= 1 && channels >= 1, "sizes must be positive but are ", images, ", ", height, ", ", width, ", ",
+        channels);
+  check(4 * (height + 1.0) * (width + 1.0) <= 2147483647 && 4.0 * channels <= 2147483647 && images * (height + 1.0) <= 2147483647,
+        "sizes are too large: ", images, ", ", height, ", ", width, ", ", channels);
+  check(groups >= 0 && (groups == 0 || channels % groups == 0), "groups ", groups, " must divide channels ", channels);
+  return {images, height, width, channels};
+}
+
+void upsample_conv2x_interleave_checked(const UpsampledArgument &sizes, uintptr_t phases, uintptr_t bias, uintptr_t out, int groups,
+                                        uintptr_t stats, bool is_bfloat16, int threads) {
+  const Upsampled size = upsampled(sizes, groups);
+  const py::gil_scoped_release release;
+  upsample_conv2x_interleave(size, address<const void>(phases), address<const float>(bias), address<void>(out), groups,
+                             address<float>(stats), is_bfloat16, threads);
+}
+
+void upsample_conv2x_products_checked(const UpsampledArgument &sizes, uintptr_t x, int in_channels, uintptr_t weights, uintptr_t bias,
+                                      uintptr_t out, int groups, uintptr_t stats, bool is_bfloat16, int threads) {
+  const Upsampled size = upsampled(sizes, groups);
+  check(in_channels >= 1, "in_channels must be at least 1 but is ", in_channels);
+  check(!is_bfloat16 || upsample_conv2x_multiplies_bf16(), "this processor does not multiply bfloat16");
+  const py::gil_scoped_release release;
+  upsample_conv2x_products(size, address<const void>(x), in_channels, address<const void>(weights), address<const float>(bias),
+                           address<void>(out), groups, address<float>(stats), is_bfloat16, threads);
+}
+
+void upsample_conv2x_split_checked(const UpsampledArgument &sizes, uintptr_t grad_out, uintptr_t grad_phases, uintptr_t grad_bias,
+                                   bool is_bfloat16, int threads) {
+  const Upsampled size = upsampled(sizes, 0);
+  const py::gil_scoped_release release;
+  upsample_conv2x_split(size, address<const void>(grad_out), address<void>(grad_phases), address<float>(grad_bias), is_bfloat16, threads);
+}
+
+#ifdef STELLAR_FAST_CUDA
+int upsample_conv2x_chunks_cuda_checked(const UpsampledArgument &sizes, int dtype) {
+  return upsample_conv2x_chunks_cuda(upsampled(sizes, 0), Dtype(dtype));
+}
+
+void upsample_conv2x_interleave_cuda_checked(int device, uintptr_t stream, const UpsampledArgument &sizes, uintptr_t phases, uintptr_t bias,
+                                             uintptr_t out, int groups, uintptr_t stats, uintptr_t scratch, int dtype) {
+  const Upsampled size = upsampled(sizes, groups);
+  const py::gil_scoped_release release;
+  upsample_conv2x_interleave_cuda({device, stream}, size, address<const void>(phases), address<const float>(bias), address<void>(out), groups,
+                                  address<float>(stats), address<float>(scratch), Dtype(dtype));
+}
+
+void upsample_conv2x_split_cuda_checked(int device, uintptr_t stream, const UpsampledArgument &sizes, uintptr_t grad_out,
+                                        uintptr_t grad_phases, uintptr_t scratch, int dtype) {
+  const Upsampled size = upsampled(sizes, 0);
+  const py::gil_scoped_release release;
+  upsample_conv2x_split_cuda({device, stream}, size, address<const void>(grad_out), address<void>(grad_phases), address<float>(scratch),
+                             Dtype(dtype));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -276,6 +460,13 @@ PYBIND11_MODULE(_C, module) {
   module.def("raise_allocator_thresholds", &raise_allocator_thresholds);
   module.def("crop_resize", &crop_resize_checked, py::arg("image"), py::arg("height"), py::arg("width"),
              py::arg("row_stride"), py::arg("boxes"), py::arg("flips"), py::arg("count"), py::arg("size"), py::arg("out"));
+  module.def("group_norm_silu_forward", &group_norm_silu_forward_checked);
+  module.def("group_norm_silu_backward", &group_norm_silu_backward_checked);
+#ifdef STELLAR_FAST_CUDA
+  module.def("group_norm_silu_workspace_cuda", &group_norm_silu_workspace_cuda_checked);
+  module.def("group_norm_silu_forward_cuda", &group_norm_silu_forward_cuda_checked);
+  module.def("group_norm_silu_backward_cuda", &group_norm_silu_backward_cuda_checked);
+#endif
   module.def("token_attention_forward", &token_attention_forward_checked);
   module.def("token_attention_backward", &token_attention_backward_checked);
   module.def("lowrank_product_forward", &lowrank_product_forward_checked);
@@ -291,4 +482,23 @@ PYBIND11_MODULE(_C, module) {
   module.def("token_match", &token_match_checked);
   module.def("koleo_forward", &koleo_forward_checked);
   module.def("koleo_backward", &koleo_backward_checked);
+  module.def("nearest_code", &nearest_code_checked);
+#ifdef STELLAR_FAST_CUDA
+  module.def("nearest_code_cuda", &nearest_code_cuda_checked);
+#endif
+  module.def("patch_unembed_forward", &patch_unembed_forward_checked);
+  module.def("patch_unembed_backward", &patch_unembed_backward_checked);
+#ifdef STELLAR_FAST_CUDA
+  module.def("patch_unembed_forward_cuda", &patch_unembed_forward_cuda_checked);
+  module.def("patch_unembed_backward_cuda", &patch_unembed_backward_cuda_checked);
+#endif
+  module.def("upsample_conv2x_interleave", &upsample_conv2x_interleave_checked);
+  module.def("upsample_conv2x_multiplies_bf16", &upsample_conv2x_multiplies_bf16);
+  module.def("upsample_conv2x_products", &upsample_conv2x_products_checked);
+  module.def("upsample_conv2x_split", &upsample_conv2x_split_checked);
+#ifdef STELLAR_FAST_CUDA
+  module.def("upsample_conv2x_chunks_cuda", &upsample_conv2x_chunks_cuda_checked);
+  module.def("upsample_conv2x_interleave_cuda", &upsample_conv2x_interleave_cuda_checked);
+  module.def("upsample_conv2x_split_cuda", &upsample_conv2x_split_cuda_checked);
+#endif
 }

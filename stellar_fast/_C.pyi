@@ -99,6 +99,63 @@ def transpose(
     matrix: int, stride: int, rows: int, columns: int, out: int, sums: int, is_bfloat16: bool, threads: int
 ) -> None: ...
 
+# images, pixels, channels, groups, address of weight, of bias, eps
+_GroupNorm = tuple[int, int, int, int, int, int, float]
+
+def group_norm_silu_forward(
+    norm: _GroupNorm,
+    x: int,
+    residual: int,
+    y: int,
+    stats: int,
+    given: bool,
+    out: int,
+    is_bfloat16: bool,
+    threads: int,
+) -> None: ...
+def group_norm_silu_backward(
+    norm: _GroupNorm,
+    stats: int,
+    grad_out: int,
+    grad_y: int,
+    x: int,
+    grad_x: int,
+    grad_weight: int,
+    grad_bias: int,
+    is_bfloat16: bool,
+    threads: int,
+) -> None: ...
+
+# only in a build with CUDA
+def group_norm_silu_workspace_cuda(norm: _GroupNorm) -> int: ...
+def group_norm_silu_forward_cuda(
+    device: int,
+    stream: int,
+    norm: _GroupNorm,
+    x: int,
+    residual: int,
+    y: int,
+    stats: int,
+    given: bool,
+    out: int,
+    dtype: int,
+    workspace: int,
+) -> None: ...
+def group_norm_silu_backward_cuda(
+    device: int,
+    stream: int,
+    norm: _GroupNorm,
+    stats: int,
+    grad_out: int,
+    grad_y: int,
+    x: int,
+    grad_x: int,
+    grad_weight: int,
+    grad_bias: int,
+    dtype: int,
+    workspace: int,
+) -> None: ...
+
 # address, whether bf16 rather than fp32, image stride, view stride, token stride
 _Tokens = tuple[int, bool, int, int, int]
 
@@ -139,4 +196,67 @@ def koleo_backward(
     grad_loss: float,
     grad_x: int,
     threads: int,
+) -> None: ...
+
+# rows, codes, width, z, stride of its rows, codebook, stride of its rows, out
+_NearestCode = tuple[int, int, int, int, int, int, int, int]
+
+def nearest_code(call: _NearestCode, is_bfloat16: bool, threads: int) -> None: ...
+def nearest_code_cuda(
+    device: int, stream: int, call: _NearestCode, splits: int, squares: int, best: int, index: int, dtype: int
+) -> None: ...
+
+_PatchGrid = tuple[int, int, int, int, int]  # images, channels, rows, columns, side
+
+def patch_unembed_forward(
+    sizes: _PatchGrid, patches: int, bias: int, image: int, is_bfloat16: bool, threads: int
+) -> None: ...
+def patch_unembed_backward(
+    sizes: _PatchGrid, image: int, patches: int, sums: int, is_bfloat16: bool, threads: int
+) -> None: ...
+def patch_unembed_forward_cuda(
+    device: int, stream: int, sizes: _PatchGrid, patches: int, bias: int, image: int, dtype: int
+) -> None: ...
+def patch_unembed_backward_cuda(
+    device: int, stream: int, sizes: _PatchGrid, image: int, patches: int, sums: int, dtype: int
+) -> None: ...
+
+_Upsampled = tuple[int, int, int, int]  # images, height, width, channels
+
+def upsample_conv2x_interleave(
+    sizes: _Upsampled, phases: int, bias: int, out: int, groups: int, stats: int, is_bfloat16: bool, threads: int
+) -> None: ...
+def upsample_conv2x_multiplies_bf16() -> bool: ...
+def upsample_conv2x_products(
+    sizes: _Upsampled,
+    x: int,
+    in_channels: int,
+    weights: int,
+    bias: int,
+    out: int,
+    groups: int,
+    stats: int,
+    is_bfloat16: bool,
+    threads: int,
+) -> None: ...
+def upsample_conv2x_split(
+    sizes: _Upsampled, grad_out: int, grad_phases: int, grad_bias: int, is_bfloat16: bool, threads: int
+) -> None: ...
+
+# only in a build with CUDA
+def upsample_conv2x_chunks_cuda(sizes: _Upsampled, dtype: int) -> int: ...
+def upsample_conv2x_interleave_cuda(
+    device: int,
+    stream: int,
+    sizes: _Upsampled,
+    phases: int,
+    bias: int,
+    out: int,
+    groups: int,
+    stats: int,
+    scratch: int,
+    dtype: int,
+) -> None: ...
+def upsample_conv2x_split_cuda(
+    device: int, stream: int, sizes: _Upsampled, grad_out: int, grad_phases: int, scratch: int, dtype: int
 ) -> None: ...

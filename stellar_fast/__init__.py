@@ -16,8 +16,11 @@ from stellar_fast.models import (
     StellarModel,
     StellarOutput,
     VQGANConfig,
+    blend_tokens,
+    drop_tokens,
     from_pretrained,
     load_stellar,
+    swap_tokens,
 )
 
 __version__ = "0.1.0"
@@ -31,7 +34,10 @@ __all__ = [
     "StellarModel",
     "StellarOutput",
     "VQGANConfig",
+    "blend_tokens",
+    "drop_tokens",
     "from_pretrained",
     "load_stellar",
     "ops",
+    "swap_tokens",
 ]

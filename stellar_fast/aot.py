@@ -23,6 +23,7 @@ import torch
 from stellar_fast import backend
 from stellar_fast.kernels.common.launch import Launch, record
 from stellar_fast.registry import Shape, load
+from stellar_fast.resources import parse
 
 REGISTERS, MOST_BLOCKS, MOST_WARPS = 65536, 32, 64  # of a multiprocessor, on all three
 
@@ -213,9 +214,9 @@ def _disassemble(cubin: bytes, triton_folder: Path) -> tuple[int, Counter[str]]:
         path.write_bytes(cubin)
         tool = triton_folder / "backends" / "nvidia" / "bin" / "cuobjdump"
         run = subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True)
-    registers = re.search(r"\bREG:(\d+)", run.stdout)
-    assert registers, run.stdout + run.stderr
-    return int(registers[1]), Counter(MNEMONIC.findall(run.stdout))
+    kernels = parse(run.stdout)
+    assert len(kernels) == 1, run.stdout + run.stderr
+    return kernels[0].registers, Counter(MNEMONIC.findall(run.stdout))
 
 
 def _count(mnemonics: Counter[str], pattern: re.Pattern[str]) -> int:

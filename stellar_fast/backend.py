@@ -40,15 +40,18 @@ DEVICES = {
 OPS: dict[str, tuple[str, ...]] = {
     "add_layer_norm": ("triton", "cpu", "torch", "reference"),
     "crop_resize": ("cpu", "reference"),
+    "group_norm_silu": ("cuda", "cpu", "torch", "reference"),
     "koleo": ("triton", "cpu", "reference"),
     "linear": ("onednn", "torch", "reference"),
     "lowrank_product": ("triton", "cpu", "reference"),
-    "nearest_code": ("reference",),
+    "nearest_code": ("cuda", "cpu", "reference"),
     "packed_patch_embed": ("triton", "torch", "reference"),
+    "patch_unembed": ("cuda", "cpu", "torch", "reference"),
     "prototype_cross_entropy": ("triton", "cpu", "reference"),
     "sinkhorn": ("triton", "cpu", "reference"),
     "token_attention": ("triton", "cpu", "torch", "flash_attn", "xformers", "reference"),
     "token_match": ("triton", "cpu", "reference"),
+    "upsample_conv2x": ("cuda", "cpu", "torch", "reference"),
 }
 
 ANY = "*"  # a request for every operator

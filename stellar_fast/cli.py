@@ -16,7 +16,7 @@ from stellar_fast.commands.demo import demo
 from stellar_fast.commands.images import encode, reconstruct, visualize
 from stellar_fast.commands.info import info
 from stellar_fast.commands.inspect import inspect
-from stellar_fast.commands.train import train
+from stellar_fast.commands.train import train, train_decoder
 from stellar_fast.models.weights import WeightsMismatchError
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ def register(function: Callable[..., None]) -> None:
     app.command()(run)
 
 
-for _function in (info, train, encode, reconstruct, visualize, demo, inspect):
+for _function in (info, train, train_decoder, encode, reconstruct, visualize, demo, inspect):
     register(_function)
 
 if __name__ == "__main__":  # what torchrun starts

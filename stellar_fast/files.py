@@ -1,9 +1,10 @@
 """Files appear whole: written to a temporary name beside the target, then renamed."""
 
+import math
 import os
 import tempfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -40,3 +41,12 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def null_if_not_finite(value: Any) -> Any:
+    """The same with None in the place of every number that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: null_if_not_finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [null_if_not_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """The native module `stellar_fast._C`: whether it is there, what it was built from, and its process-wide switches.
 
-`python -m stellar_fast.native` prints the facts and fails where the module, or its CUDA half beside nvcc, is missing.
+`python -m stellar_fast.native` prints the facts, and what each kernel of the CUDA half needs. It fails where the module
+or its CUDA half beside nvcc is missing, and where a kernel keeps in memory what should be in registers.
 """
 
 import functools
@@ -79,7 +80,7 @@ def raise_allocator_thresholds() -> tuple[bool, str]:
 
 
 def main() -> int:
-    """Print the build facts; return 1 where something that could have been built is missing."""
+    """Print the build facts; return 1 where something that could have been built is missing, or a kernel spills."""
     info = build_info()
     for name, value in info.items():
         print(f"{name:22} {value}")
@@ -93,8 +94,26 @@ def main() -> int:
             file=sys.stderr,
         )
     else:
-        return 0
+        return _print_kernels() if "cuda_architectures" in info else 0
     return 1
+
+
+def _print_kernels() -> int:
+    """A line for each kernel and architecture of the CUDA half; 1 where one must not ship."""
+    from stellar_fast import resources
+
+    try:
+        rows = resources.of_native_module()
+    except ValueError as error:
+        print(f"{'kernels':22} not read: {error}")
+        return 0
+    print(f"{'kernels':22} {len({(row.op, row.kernel) for row in rows})}")
+    for row in rows:
+        figures = f"{row.registers:3} registers {row.shared_bytes:6} B shared {row.local_bytes:4} B local"
+        print(f"{row.op:22} {row.arch:7} {figures}  {row.kernel}")
+    wrong = [f"{row.op} {row.kernel} {row.arch}: {problem}" for row in rows for problem in row.problems]
+    print("\n".join(wrong), end="\n" * bool(wrong), file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

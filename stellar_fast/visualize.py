@@ -176,6 +176,14 @@ def grid_figure(
     return figure
 
 
+def token_rows(tiles: Sequence[Tile], columns: int) -> list[list[Tile]]:
+    """Tiles of one size in rows of `columns`, the last one filled up with white."""
+    blank: Tile = (np.full_like(tiles[0][0], 255), "")
+    rows = [list(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
+    rows[-1] += [blank] * (columns - len(rows[-1]))
+    return rows
+
+
 def panel(
     image: Pixels,
     spatial: Tensor,
@@ -214,13 +222,7 @@ def panel(
     maps = token_maps(image, spatial, grid)
     colours = token_colours(len(shares))
     swatches = {caption: tuple(int(c) for c in colours[int(caption.split()[1])]) for _, caption in maps}
-    columns = 2 * len(first)
-    blank: Tile = (np.full_like(image, 255), "")
-    rows: list[list[Tile]] = [first]
-    for start in range(0, len(maps), columns):
-        row = maps[start : start + columns]
-        rows.append(row + [blank] * (columns - len(row)))
-    return grid_figure(rows, width, title, swatches)  # type: ignore[arg-type]
+    return grid_figure([first, *token_rows(maps, 2 * len(first))], width, title, swatches)  # type: ignore[arg-type]
 
 
 def save_panel(path: str | Path, *args, **kwargs) -> Path:

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from stellar_fast import StellarModel, backend
+from stellar_fast import StellarModel, backend, drop_tokens
 from stellar_fast.cli import app, main
 from stellar_fast.data import eval_transform, load_image
+from stellar_fast.fidelity import error_map, fidelity
+from stellar_fast.visualize import psnr, to_pixels
 
-COMMANDS = ("info", "train", "encode", "reconstruct", "visualize", "demo", "inspect")
+COMMANDS = ("info", "train", "train-decoder", "encode", "reconstruct", "visualize", "demo", "inspect")
 SMALL = [
     *("--encoder", "image_size=32", "--encoder", "hidden_size=48", "--encoder", "num_hidden_layers=2"),
     *("--encoder", "intermediate_size=96", "--model", "num_masks=2", "--model", "num_local_crops=2"),
@@ -121,17 +124,68 @@ def test_encode_writes_features_and_names(run: Path, photos: Path, tmp_path: Pat
     assert [path.name for path in out.parent.iterdir()] == ["features.safetensors"]
 
 
-def test_reconstruct_puts_pictures_side_by_side(run: Path, photos: Path, tmp_path: Path) -> None:
-    result = invoke("reconstruct", "--images", photos / "a", "--weights", run, "--out", tmp_path, "--device", "cpu")
+def test_reconstruct_shows_and_measures(run: Path, photos: Path, tmp_path: Path) -> None:
+    arguments = ("reconstruct", "--images", photos / "a", "--weights", run, "--device", "cpu")
+    assert invoke(*arguments, "--out", tmp_path / "tokens").exit_code == 0
+    result = invoke(
+        *arguments, "--out", tmp_path / "strips", "--no-tokens", "--size", 37
+    )  # 32, and 5 that are not seen
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.jpg.png", "0.png.png", "1.png"]
-    with Image.open(tmp_path / "1.png") as picture:
-        pixels = np.asarray(picture).astype(float)
-    assert pixels.shape == (32, 64, 3)
-    original = eval_transform(load_image(photos / "a" / "1.png"), 32).permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(pixels[:, :32], original)
-    decibel = 10 * np.log10(255**2 / np.mean((pixels[:, 32:] - pixels[:, :32]) ** 2))
-    assert re.search(rf"1\.png *│ *{decibel:.2f}", result.output)
+    names = ["0.jpg.png", "0.png.png", "1.png", "metrics.json"]
+    for folder in ("tokens", "strips"):
+        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == names
+    with Image.open(tmp_path / "strips" / "1.png") as picture:
+        pixels = np.asarray(picture)
+    original, rebuilt, error = np.split(pixels, 3, axis=1)
+    seen = eval_transform(load_image(photos / "a" / "1.png"), 37)[:, :32, :32]
+    np.testing.assert_array_equal(original, seen.permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(error, error_map(original, rebuilt))
+    found = fidelity(original, rebuilt)
+    assert re.search(rf"1\.png *│ *{found.psnr_db:.2f} *│ *{found.ssim:.4f}", result.output)
+    record = json.loads((tmp_path / "strips" / "metrics.json").read_text())
+    assert [image["name"] for image in record["images"]] == ["0.jpg", "0.png", "1.png"]
+    assert record["images"][2] == {"name": "1.png", "psnr_db": found.psnr_db, "ssim": found.ssim, "token_psnr_db": []}
+    mean = sum(image["psnr_db"] for image in record["images"]) / 3
+    assert record["mean"]["psnr_db"] == mean and f"mean PSNR {mean:.2f} dB, SSIM " in result.output
+
+
+def test_reconstruct_shows_what_each_token_adds(run: Path, photos: Path, tmp_path: Path) -> None:
+    path = photos / "b" / "2.png"
+    arguments = ("reconstruct", "--images", path, "--weights", run, "--device", "cpu", "--batch-size", 3)
+    assert invoke(*arguments, "--out", tmp_path).exit_code == 0
+    (record,) = json.loads((tmp_path / "metrics.json").read_text())["images"]
+    model = StellarModel.from_pretrained(run / "checkpoints" / "step_00000002")
+    image = eval_transform(load_image(path), 32)[None]
+    features = model.encode(image)
+    expected = [
+        psnr(to_pixels(image[0]), to_pixels(model.reconstruct(drop_tokens(features, k))["reconstruction"][0]))
+        for k in range(16)
+    ]
+    np.testing.assert_allclose(record["token_psnr_db"], expected, rtol=1e-3)
+    with Image.open(tmp_path / "2.png") as panel:
+        assert panel.width == 1280 and panel.height > 413 + 2 * 150
+
+
+def test_a_decoder_trains_on_a_frozen_encoder(run: Path, photos: Path, tmp_path: Path) -> None:
+    out, pictures = tmp_path / "decoder", tmp_path / "pictures"
+    small = ["--decoder", "num_hidden_layers=1", "--decoder", "hidden_size=32", "--decoder", "intermediate_size=64"]
+    options = [*small, "--device", "cpu", "--batch-size", 2, "--workers", 0]
+    result = invoke("train-decoder", "--data", photos / "a", "--weights", run, "--out", out, *options)
+    assert result.exit_code == 0, result.output
+    assert "finished step 20" in result.output  # 20 epochs of one batch
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["decoder_only"], config["epochs"], config["weights"]) == (True, 20, str(run))
+    resumed = invoke("train-decoder", "--config", out / "config.yaml", "--resume")
+    assert resumed.exit_code == 0 and "finished step 20" in resumed.output, resumed.output
+    both = [
+        StellarModel.from_pretrained(next((folder / "checkpoints").iterdir())).encoder.state_dict()
+        for folder in (run, out)
+    ]
+    assert all(torch.equal(tensor, both[1][name]) for name, tensor in both[0].items())
+    for command in ("reconstruct", "visualize"):
+        arguments = ("--images", photos / "b" / "3.png", "--weights", out, "--out", pictures, "--device", "cpu")
+        result = invoke(command, *arguments, *(["--reconstruction"] if command == "visualize" else []))
+        assert result.exit_code == 0, result.output
 
 
 def test_visualize_draws_a_panel_an_image(run: Path, photos: Path, tmp_path: Path) -> None:
@@ -165,6 +219,10 @@ def test_visualize_draws_a_panel_an_image(run: Path, photos: Path, tmp_path: Pat
         ("train --data {photos} --out {out} --model masks=2", "did you mean num_masks"),
         ("train --config /no/where.yaml", "/no/where.yaml"),
         ("train --data {photos} --out {run} --batch-size 2", "already holds a run"),
+        ("train-decoder --data {photos} --out {out}", "weights is empty: name those of the encoder"),
+        ("train-decoder --data {photos} --out {out} --weights {photos}", "no config.json with"),
+        ("train-decoder --data {photos} --out {out} --weights {run} --vq-model /no/vq.bin", "no weights file at /no"),
+        ("reconstruct --images {photos} --weights {run} --out {out} --size 9", "an image of 8x8 has no SSIM"),
     ],
 )
 def test_a_users_error_is_one_line(run: Path, photos: Path, tmp_path: Path, arguments: str, message: str) -> None:

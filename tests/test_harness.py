@@ -167,7 +167,7 @@ def test_poison_ends_with_the_block() -> None:
 
 def test_backends_and_their_marks() -> None:
     assert backends_here("crop_resize") == ["cpu", "reference"]
-    assert backends_here("nearest_code") == ["reference"]
+    assert backends_here("nearest_code") == ["cpu", "reference"]
     cases = each_backend("token_attention", "triton", "cpu").args[1]
     assert [(*case.values, [mark.name for mark in case.marks]) for case in cases] == [
         ("triton", "cpu", ["interpreter"]),

@@ -106,7 +106,7 @@ def test_the_table_and_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nearest_code"], "nearest_code has no Triton kernels; its backends: reference"),
+        (["nearest_code"], "nearest_code has no Triton kernels; its backends: cuda, cpu, reference"),
         (["nothing"], "unknown operator 'nothing'"),
         (["--arch", "sm_70"], "unknown architecture 'sm_70'; known: sm_80, sm_90, sm_100"),
     ],

@@ -106,6 +106,7 @@ def compare(
     results: Mapping[str, Callable[[], Mapping[str, Tensor]]],
     exact: Callable[[], Mapping[str, Tensor]],
     dtype: torch.dtype,
+    fp32_tolerance: float = FP32_TOLERANCE["output"],
 ) -> dict[str, list[Check]]:
     """Check every provider's tensors against the exact (fp32 plain) ones.
 
@@ -114,6 +115,7 @@ def compare(
             "gradient." has the gradients' tolerance. Names must be the same on all sides.
         exact: the fp32 plain tensors.
         dtype: what the providers ran in; below fp32 they are held against plain's own error.
+        fp32_tolerance: of outputs in fp32.
     """
     truth = exact()
     in_fp32 = dtype == torch.float32
@@ -127,7 +129,7 @@ def compare(
         checks[provider] = []
         for name, error in by_name.items():
             if in_fp32:
-                tolerance = FP32_TOLERANCE["gradient" if name.startswith("gradient.") else "output"]
+                tolerance = FP32_TOLERANCE["gradient"] if name.startswith("gradient.") else fp32_tolerance
             else:
                 tolerance = REDUCED_FACTOR * errors["plain"].get(name, 0.0) + torch.finfo(dtype).eps
             checks[provider].append(Check(name, error / tolerance))

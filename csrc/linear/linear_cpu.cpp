@@ -54,6 +54,7 @@ template <int W, typename T>
 STELLAR_FAST_INLINE Normal<W> normal(f32v<W> x) {
   typedef f32v<W> F;
   typedef i32v<W> I;
+  typedef typename Vec<W>::u32 U;  // wraps, for a large x whose bell is zero below
   const float half_log2e = -0.721347520f;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 
@@ -64,7 +65,7 @@ STELLAR_FAST_INLINE Normal<W> normal(f32v<W> x) {
   const F shifted = square * half_log2e + magic;
   const F f = square * half_log2e - (shifted - magic);
   const F power = polynomial<W>(Coefficients<T>::kExp2, f) * f + 1.0f;
-  const F bell = (F)((I)power + ((I)shifted << 23));  // the upper bits of the magic number fall out
+  const F bell = (F)((U)power + ((U)shifted << 23));  // the upper bits of the magic number fall out
   Normal<W> out;
   out.bell = select<W>(square > 174.0f, F{}, bell);  // below 2^-126
   const F tail = out.bell * polynomial<W>(Coefficients<T>::kTail, s);

@@ -10,5 +10,7 @@ def nearest_code(z_NE: Tensor, codebook_SE: Tensor) -> Tensor:
     """Return (N,) int64; |z - c|^2 = |z|^2 + |c|^2 - 2 z.c, ties take the lowest index."""
     with torch.autocast(z_NE.device.type, enabled=False):
         z, codebook = at_least_fp32(z_NE), at_least_fp32(codebook_SE)
+        dtype = torch.promote_types(z.dtype, codebook.dtype)
+        z, codebook = z.to(dtype), codebook.to(dtype)
         distance = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
         return distance.argmin(dim=1)

@@ -20,26 +20,15 @@ if TYPE_CHECKING:
     from stellar_fast import StellarEncoder, StellarModel
 
 
-def _weights(path: str) -> str:
-    """A run's folder means its newest checkpoint; everything else is left to `from_pretrained`."""
-    from stellar_fast.train.checkpoint import newest_checkpoint
-
-    checkpoint, refused = newest_checkpoint(Path(path) / "checkpoints")
-    if refused and not checkpoint:
-        raise ValueError(refused[0])
-    for reason in refused:
-        warnings.warn(f"checkpoint refused: {reason}", stacklevel=2)
-    return str(checkpoint.path) if checkpoint else path
-
-
 def load(weights: str, model: str, device: str) -> StellarEncoder:
     """The encoder of any weights, whatever their reconstruction needs."""
     where = resolve_device(device)
 
     from stellar_fast import StellarEncoder, native
+    from stellar_fast.train.checkpoint import find_weights
 
     native.raise_allocator_thresholds()
-    return StellarEncoder.from_pretrained(_weights(weights), model=model or None).to(where).eval()
+    return StellarEncoder.from_pretrained(find_weights(weights), model=model or None).to(where).eval()
 
 
 def load_full(weights: str, model: str, vq_model: str, device: str) -> StellarModel:
@@ -47,10 +36,11 @@ def load_full(weights: str, model: str, vq_model: str, device: str) -> StellarMo
     where = resolve_device(device)
 
     from stellar_fast import StellarModel, native
+    from stellar_fast.train.checkpoint import find_weights
 
     native.raise_allocator_thresholds()
     options = {"vq_model": vq_model} if vq_model else {}
-    return StellarModel.from_pretrained(_weights(weights), model=model or None, **options).to(where).eval()
+    return StellarModel.from_pretrained(find_weights(weights), model=model or None, **options).to(where).eval()
 
 
 def find(images: str, limit: int) -> list[Path]:

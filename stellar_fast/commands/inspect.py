@@ -16,6 +16,7 @@ from stellar_fast.commands.console import console
 
 if TYPE_CHECKING:
     from stellar_fast.aot import Figures
+    from stellar_fast.resources import Resources
 
 
 def inspect(
@@ -29,7 +30,8 @@ def inspect(
     """Compile Triton kernels ahead of time, without a GPU: registers, shared memory, spills, instructions, occupancy.
 
     The exit code is 1 where a kernel spills registers, multiplies 16-bit matrices without tensor cores, or takes more
-    shared memory than the GPU has.
+    shared memory than the GPU has. Without OP the kernels of the native module's CUDA half are listed too, where it has
+    one: they must not spill either.
 
     Example: [cyan]stellar-fast inspect lowrank_product --arch sm_90[/]
     """
@@ -40,7 +42,8 @@ def inspect(
         print(json.dumps([asdict(row) for row in figures], indent=1))
     else:
         _show(figures)
-    if any(row.problems for row in figures):
+    compiled = [] if ops or as_json else _show_native()
+    if any(row.problems for row in figures) or any(row.problems for row in compiled):
         raise SystemExit(1)
 
 
@@ -70,3 +73,29 @@ def _show(figures: Sequence[Figures]) -> None:
         for problem in row.problems:
             where = escape(f"{row.kernel} {row.shape} {row.dtype} {row.arch} ({row.config})")
             console.print(f"[red]{where}: {problem}[/]", soft_wrap=True, highlight=False)
+
+
+def _show_native() -> list[Resources]:
+    """The kernels of `stellar_fast._C`."""
+    from stellar_fast import resources
+
+    try:
+        kernels = resources.of_native_module()
+    except ValueError as error:
+        console.print(f"CUDA C++ kernels are not listed: {error}")
+        return []
+    for op, rows in groupby(kernels, key=lambda row: row.op):
+        table = Table(title=f"{op} (CUDA C++)", title_justify="left")
+        for name in ("kernel", "arch", "registers", "shared KiB", "local bytes"):
+            table.add_column(name)
+        for row in rows:
+            shared = f"{row.shared_bytes / 1024:.1f}"
+            style = "red" if row.problems else None
+            cells = (escape(row.kernel), row.arch, str(row.registers), shared, str(row.local_bytes))
+            table.add_row(*cells, style=style)
+        console.print(table)
+    for row in kernels:
+        for problem in row.problems:
+            where = escape(f"{row.op} {row.kernel} {row.arch}")
+            console.print(f"[red]{where}: {problem}[/]", soft_wrap=True, highlight=False)
+    return kernels

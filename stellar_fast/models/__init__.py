@@ -3,6 +3,7 @@
 from stellar_fast.models.config import PRESETS, DecoderConfig, EncoderConfig, VQGANConfig
 from stellar_fast.models.encoder import StellarEncoder
 from stellar_fast.models.hub import from_pretrained, load_stellar
+from stellar_fast.models.latents import blend_tokens, drop_tokens, swap_tokens
 from stellar_fast.models.output import StellarOutput
 from stellar_fast.models.stellar import StellarModel
 from stellar_fast.models.vqgan import VQGAN
@@ -16,6 +17,9 @@ __all__ = [
     "StellarModel",
     "StellarOutput",
     "VQGANConfig",
+    "blend_tokens",
+    "drop_tokens",
     "from_pretrained",
     "load_stellar",
+    "swap_tokens",
 ]

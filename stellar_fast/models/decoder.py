@@ -10,6 +10,7 @@ from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.models.config import DecoderConfig
 from stellar_fast.nn.fourier_position import FourierPosition
 from stellar_fast.nn.linear import Linear
+from stellar_fast.nn.patch_unembed import PatchUnembed
 from stellar_fast.nn.vit import Sequences, Transformer, init_vit_weights
 from stellar_fast.ops.lowrank_product import lowrank_product
 
@@ -41,9 +42,7 @@ class Decoder(nn.Module):
         self.transformer = Transformer(
             dim, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
         )
-        self.head: nn.Module = (
-            nn.ConvTranspose2d(dim, 3, patch_size, patch_size) if num_codes is None else Linear(dim, num_codes)
-        )
+        self.head: nn.Module = PatchUnembed(dim, 3, patch_size) if num_codes is None else Linear(dim, num_codes)
         init_vit_weights(self)
         # never touch the output; weight files carry them, so they are kept, and not trained
         num_positions = 1 + config.grid_side**2
@@ -83,6 +82,4 @@ class Decoder(nn.Module):
         B, P, H = x.shape
         sequences = Sequences.of([(B, P)], x.device)
         x = self.transformer(x.to(self.proj.weight.dtype).flatten(0, 1), sequences).view(B, P, H)
-        if isinstance(self.head, nn.ConvTranspose2d):
-            x = x.mT.unflatten(2, grid)
-        return self.head(x), spatial
+        return self.head(x, grid) if isinstance(self.head, PatchUnembed) else self.head(x), spatial

@@ -89,7 +89,9 @@ class Objective(nn.Module):
             passes.append(ViewBatch(self._augment(masked_views.flatten(0, 1), generator), keep_indices, "cls+sparse"))
         if self.do_cls and self.do_cropping:
             passes.append(ViewBatch(self._augment(local_views.flatten(0, 1), generator), rows="cls"))
-        clean, *others = self.encoder(passes)  # one pass over all views
+        trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):  # a frozen encoder keeps nothing for later
+            clean, *others = self.encoder(passes)  # one pass over all views
         masked = others.pop(0) if self.do_masking else None
 
         if self.do_recon:

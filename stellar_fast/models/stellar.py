@@ -25,6 +25,7 @@ from stellar_fast.models.config import (
 from stellar_fast.models.decoder import Decoder
 from stellar_fast.models.encoder import StellarEncoder
 from stellar_fast.models.hub import HubMixin
+from stellar_fast.models.latents import check_latent
 from stellar_fast.models.objective import Objective, require
 from stellar_fast.models.output import StellarOutput
 from stellar_fast.models.teacher import Teacher
@@ -335,7 +336,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         """Decode an image from its tokens and their places, edited or not.
 
         Args:
-            features: what `encode` returned; or the sparse tokens (B, K, D).
+            features: what `encode`, `drop_tokens`, `swap_tokens` or `blend_tokens` returned; or the sparse tokens
+                (B, K, D).
             spatial: (B, P, K); beside features it takes the place of theirs.
             sparse: (B, K, D); likewise.
             grid: patches in height and width; None takes that of `features`, else a square one.
@@ -356,14 +358,7 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
             sparse = features
         if sparse is None or spatial is None:
             raise ValueError("reconstruct needs the features of encode, or sparse and spatial")
-        if (
-            sparse.dim() != 3
-            or spatial.dim() != 3
-            or (sparse.shape[0], sparse.shape[1]) != (spatial.shape[0], spatial.shape[2])
-        ):
-            raise ValueError(
-                f"sparse {tuple(sparse.shape)} and spatial {tuple(spatial.shape)} are not (B, K, D) and (B, P, K)"
-            )
+        check_latent(sparse, spatial)
         P = spatial.shape[1]
         height, width = grid or (math.isqrt(P), math.isqrt(P))
         if height * width != P:

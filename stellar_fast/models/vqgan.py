@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,29 @@ from torch import Tensor, nn
 
 from stellar_fast.models.config import VQGANConfig
 from stellar_fast.models.weights import load_tensors
+from stellar_fast.nn.conv2d import Conv2d
+from stellar_fast.nn.group_norm_silu import GroupNormSiLU
+from stellar_fast.nn.upsample_conv2x import UpsampleConv2x
+from stellar_fast.ops.checks import autocast_dtype
 from stellar_fast.ops.nearest_code import nearest_code
 
+NORM_GROUPS, NORM_EPS = 32, 1e-6
+CHUNK_BYTES = 64 * 2**20  # of the largest activation; an image of 256 x 256 has 32 MiB in fp32
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+
+def _norm(channels: int) -> GroupNormSiLU:
+    return GroupNormSiLU(NORM_GROUPS, channels, eps=NORM_EPS)
+
+
+class Features(NamedTuple):
+    """An activation (B, C, H, W), as a sum that its next normalisation forms, and its statistics where known."""
+
+    x: Tensor
+    addend: Tensor | None = None
+    stats: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        return self.x if self.addend is None else self.x + self.addend
 
 
 class ResBlock(nn.Module):
@@ -27,16 +45,19 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False)
+            self.nin_shortcut = Conv2d(out_channels, out_channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+    def forward(self, features: Features) -> Features:
+        h, x = self.norm1(*features, transient=True)
+        h, _ = self.norm2(self.conv1(h), transient=True)
+        if hasattr(self, "nin_shortcut"):
+            h = self.conv2(h)
+            return Features(h, self.nin_shortcut(h))
+        return Features(*self.conv2.add(h, x))
 
 
 class Level(nn.Module):
@@ -47,14 +68,15 @@ class Level(nn.Module):
         widths = [in_channels] + [out_channels] * num_blocks
         self.block = nn.ModuleList(ResBlock(i, o) for i, o in pairwise(widths))
         if upsample:
-            self.upsample_conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            self.upsample_conv = UpsampleConv2x(out_channels, out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, features: Features) -> Features:
         for block in self.block:
-            x = block(x)
+            features = block(features)
         if hasattr(self, "upsample_conv"):
-            x = self.upsample_conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return x
+            x, stats = self.upsample_conv(features.sum(), stats_groups=NORM_GROUPS)
+            features = Features(x, stats=stats)
+        return features
 
 
 class Encoder(nn.Module):
@@ -63,21 +85,21 @@ class Encoder(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         widths = [config.hidden_channels * m for m in (1, *config.channel_mult)]
-        self.conv_in = nn.Conv2d(config.num_channels, widths[0], 3, padding=1, bias=False)
+        self.conv_in = Conv2d(config.num_channels, widths[0], 3, padding=1, bias=False)
         self.down = nn.ModuleList(Level(i, o, config.num_res_blocks) for i, o in pairwise(widths))
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks))
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)
+        self.conv_out = Conv2d(widths[-1], config.z_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        features = Features(self.conv_in(x.contiguous(memory_format=torch.channels_last)))
         for i, level in enumerate(self.down):
-            x = level(x)
+            features = level(features)
             if i < len(self.down) - 1:
-                x = F.avg_pool2d(x, 2)
+                features = Features(F.avg_pool2d(features.sum(), 2))
         for block in self.mid:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            features = block(features)
+        return self.conv_out(self.norm_out(*features, transient=True)[0])
 
 
 class Decoder(nn.Module):
@@ -87,21 +109,21 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.hidden_channels * m for m in config.channel_mult]
         inputs = [*widths[1:], widths[-1]]
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks))
         self.up = nn.ModuleList(
             Level(inputs[i], widths[i], config.num_res_blocks, upsample=i > 0) for i in range(len(widths))
         )
         self.norm_out = _norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], config.num_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.num_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        z = self.conv_in(z)
+        features = Features(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
         for block in self.mid:
-            z = block(z)
+            features = block(features)
         for level in reversed(self.up):
-            z = level(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+            features = level(features)
+        return self.conv_out(self.norm_out(*features, transient=True)[0])
 
 
 class Quantizer(nn.Module):
@@ -126,6 +148,7 @@ class VQGAN(nn.Module):
         self.quantize = Quantizer(self.config)
         self.requires_grad_(False)
         self.eval()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -145,7 +168,7 @@ class VQGAN(nn.Module):
             raise ValueError(
                 f"images must be (B, {channels}, H, W), sides multiples of {step}, not {tuple(images.shape)}"
             )
-        z = self.encoder(images)
+        z = self._in_chunks(self.encoder, images, 1)
         codes = nearest_code(z.permute(0, 2, 3, 1).flatten(0, 2), self.quantize.embedding.weight)
         return codes.view(z.shape[0], *z.shape[2:])
 
@@ -166,7 +189,19 @@ class VQGAN(nn.Module):
         size = self.config.num_embeddings
         if codes.device.type == "cpu" and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
             raise ValueError(f"codes span [{int(codes.min())}, {int(codes.max())}] but the codebook has {size} entries")
-        return self.decoder(self.quantize.embedding(codes).permute(0, 3, 1, 2)).clamp(0, 1)
+        z = self.quantize.embedding(codes).permute(0, 3, 1, 2)
+        return self._in_chunks(self.decoder, z, self.config.downscale).clamp(0, 1)
+
+    def _in_chunks(self, network: nn.Module, x: Tensor, scale: int) -> Tensor:
+        """Apply a network to images whose sides are `scale` times x's.
+
+        On a CPU a few at a time where no gradient is kept: its memory is that of a chunk, nearer to the cache.
+        """
+        if x.device.type != "cpu" or (torch.is_grad_enabled() and x.requires_grad) or not len(x):
+            return network(x)
+        itemsize = (autocast_dtype(x.device) or x.dtype).itemsize
+        image_bytes = x.shape[2] * x.shape[3] * scale**2 * self.config.hidden_channels * itemsize
+        return torch.cat([network(part) for part in x.split(max(1, CHUNK_BYTES // image_bytes))])
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: VQGANConfig | None = None) -> "VQGAN":

@@ -3,9 +3,6 @@
 T rows, I input width, O output width.
 """
 
-import math
-import threading
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +12,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.linear import config, reference
 from stellar_fast.ops.checks import autocast_dtype, check_devices, check_floating, in_forward_mode
+from stellar_fast.ops.scratch import scratch
 
 Gelu = Literal["input", "output"] | None
 
@@ -22,10 +20,7 @@ Gelu = Literal["input", "output"] | None
 # saves: 2 cores of a Zen 5 do 2^20 of them in about 10 us either way.
 SMALL_PRODUCT = 1 << 20
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
-# Of each of three blocks: a hidden activation of 2,560 rows (config.py) of 3,072 floats are 30 MiB.
-SCRATCH_LIMIT = 32 * 2**20
 _OPERATOR = "linear"
-_of_thread = threading.local()
 
 
 # x (T, I). Returns (out, preactivation): what enters a GELU at the output where `keep` asks for it, else of shape (0,).
@@ -33,7 +28,7 @@ _of_thread = threading.local()
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, keep: bool) -> tuple[Tensor, Tensor]:
     backend.ran(_OPERATOR, "onednn")
     if gelu == "input":
-        x = _gelu(x, _scratch(x.shape, x.dtype, "gelu"))
+        x = _gelu(x, scratch(x.shape, x.dtype, "gelu"))
     if gelu == "output" and not keep:
         # the algorithm "none" is oneDNN's exact GELU, "tanh" its approximation
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), x.new_empty(0)
@@ -63,7 +58,7 @@ def _backward(
     if gelu == "input" and needs_x:
         grad_x, x = _gelu_backward(x, grad_x, needs_weight, in_place=True)
     elif gelu == "input":
-        x = _gelu(x, _scratch(x.shape, x.dtype, "gelu"))
+        x = _gelu(x, scratch(x.shape, x.dtype, "gelu"))
     sums = None
     if needs_weight:
         chosen = _choose("grad_weight", x, weight)
@@ -155,7 +150,7 @@ def transposed(x: Tensor, place: str | None, sums: Tensor | None = None) -> Tens
         return x.t()
     x = _with_dense_rows(x)
     shape = x.shape[1], x.shape[0]
-    out = x.new_empty(shape) if place is None else _scratch(shape, x.dtype, place)
+    out = x.new_empty(shape) if place is None else scratch(shape, x.dtype, place)
     native.module().transpose(
         x.data_ptr(),
         x.stride(0),
@@ -185,33 +180,12 @@ def _gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def _scratch(shape: Sequence[int], dtype: torch.dtype, place: str) -> Tensor:
-    """Memory until the next call for the same `place` in this thread, kept where it is not much.
-
-    Each layer needs these blocks, and one of this size that is freed goes back to the system each time: its page faults
-    cost more than what is computed in it (docs/log.md).
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size > SCRATCH_LIMIT:
-        return torch.empty(shape, dtype=dtype)
-    kept = getattr(_of_thread, place, None)
-    if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=torch.uint8)
-        setattr(_of_thread, place, kept)
-    return kept[:size].view(dtype).view(shape)
-
-
-def release_scratch() -> None:
-    """Give back what this thread keeps between calls."""
-    vars(_of_thread).clear()
-
-
 def _gelu_backward(x: Tensor, grad: Tensor, again: bool = False, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """(gradient of x, gelu(x) if it is wanted `again`), in one pass over memory; `in_place` of grad."""
     if not native.available():
         return torch.ops.aten.gelu_backward(grad, x), F.gelu(x) if again else x
     x, grad = x.contiguous(), grad.contiguous()
-    grad_x, out = grad if in_place else torch.empty_like(x), _scratch(x.shape, x.dtype, "gelu") if again else x
+    grad_x, out = grad if in_place else torch.empty_like(x), scratch(x.shape, x.dtype, "gelu") if again else x
     native.module().gelu_backward(
         x.data_ptr(),
         grad.data_ptr(),
@@ -239,7 +213,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: Gelu 
         nothing was asked for; the GELU is C++ in `stellar_fast._C`), `torch`, `reference` (fp32). On CUDA `torch` is
         cuBLAS, with the bias in its epilogue. The GELU epilogue of cuBLASLt is the tanh approximation, so an exact one
         stays a kernel of its own, and "input" keeps what torch keeps. `onednn` has no second derivative, and keeps up
-        to 96 MiB of scratch memory for each thread that calls it (`release_scratch`).
+        to 96 MiB of scratch memory for each thread that calls it (`stellar_fast.ops.scratch`).
 
     Raises:
         ValueError: widths, devices or dtypes that differ, integer tensors, an unknown `gelu`.

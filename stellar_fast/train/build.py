@@ -11,27 +11,43 @@ from torch.utils.data import Dataset
 
 from stellar_fast import backend
 from stellar_fast.data import ImageFolder, MultiViewDataset, MultiViewTransform
-from stellar_fast.models import StellarModel
+from stellar_fast.models import StellarEncoder, StellarModel
 from stellar_fast.models.config import DecoderConfig, EncoderConfig, resolve_preset
+from stellar_fast.train.checkpoint import find_weights
 from stellar_fast.train.config import TrainConfig, check_keys
 
 Sizes = TypeVar("Sizes", EncoderConfig, DecoderConfig)
 
 
 def build_model(config: TrainConfig) -> StellarModel:
-    """The preset with the configuration's changes, random or with `config.weights`."""
+    """The preset with the configuration's changes, random or with `config.weights`; or a decoder for their encoder."""
+    if config.decoder_only:
+        return _decoder_on_frozen_encoder(config)
     preset = resolve_preset(config.preset)
     encoder = _replace(preset.encoder, config.encoder, "encoder option")
     # the decoder's own image and patch size shape only an unused embedding, which follows the encoder's unless given
     decoder = _replace(preset.decoder, config.decoder, "decoder option")
     known = [name for name in inspect.signature(StellarModel).parameters if name not in ("encoder", "decoder")]
-    check_keys(config.model, known, "model option")
-    for name, value in config.model.items():
-        _check_kind(name, value, inspect.signature(StellarModel).parameters[name].annotation)
+    _check_model_options(config.model, known)
     model = StellarModel(encoder=encoder, decoder=decoder, **{**preset.model, **config.model})
     if config.weights:
-        start = StellarModel.from_pretrained(config.weights)
+        start = StellarModel.from_pretrained(find_weights(config.weights))
         model.load_upstream_state_dict(start.upstream_state_dict())
+    return model
+
+
+def _decoder_on_frozen_encoder(config: TrainConfig) -> StellarModel:
+    """A fresh decoder, of the published sizes unless `config.decoder` changes them, over a trained encoder."""
+    if not config.weights:
+        raise ValueError("weights is empty: name those of the encoder that the decoder is for (--weights RUN)")
+    if config.encoder:
+        raise ValueError(f"the encoder is that of {config.weights}, but encoder options are given: {config.encoder}")
+    _check_model_options(config.model, ["vq_model", "num_decoder_layers"])
+    sizes = _replace(DecoderConfig(), config.decoder, "decoder option")
+    encoder = StellarEncoder.from_pretrained(find_weights(config.weights), model=config.preset or None)
+    arguments: dict[str, Any] = dict.fromkeys(("do_clustering", "do_cls", "do_masking", "do_koleo"), False)
+    model = StellarModel(encoder, sizes, **arguments, **config.model)
+    model.encoder.requires_grad_(False)
     return model
 
 
@@ -56,6 +72,12 @@ def _replace(sizes: Sizes, changes: dict[str, Any], what: str) -> Sizes:
     for name, value in changes.items():
         _check_kind(name, value, kinds[name])
     return dataclasses.replace(sizes, **changes)
+
+
+def _check_model_options(options: dict[str, Any], known: list[str]) -> None:
+    check_keys(options, known, "model option")
+    for name, value in options.items():
+        _check_kind(name, value, inspect.signature(StellarModel).parameters[name].annotation)
 
 
 def _check_kind(name: str, value: Any, annotation: Any) -> None:

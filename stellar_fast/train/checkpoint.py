@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,20 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
         except ValueError as error:
             refused.append(str(error))
     return None, refused
+
+
+def find_weights(path: str) -> str:
+    """What `from_pretrained` takes: a run's folder means its newest good checkpoint, everything else itself.
+
+    Raises:
+        ValueError: a run without a good checkpoint.
+    """
+    checkpoint, refused = newest_checkpoint(Path(path) / "checkpoints")
+    if refused and not checkpoint:
+        raise ValueError(refused[0])
+    for reason in refused:
+        warnings.warn(f"checkpoint refused: {reason}", stacklevel=2)
+    return str(checkpoint.path) if checkpoint else path
 
 
 def _step(path: Path) -> int:

@@ -46,7 +46,13 @@ class TrainConfig:
 
     max_unreadable: float = _option(0.1, "Share of the images that may be unreadable.", exact=False)
 
-    preset: str = _option("tiny", "Size of the model: tiny, s16, b16, l16, h16, b8, b24.", section="Model")
+    decoder_only: bool = _option(
+        False,
+        "Train a fresh decoder on the frozen encoder of --weights, by the reconstruction alone. --preset then names "
+        "the model of weights that hold several, and --decoder changes the published decoder.",
+        section="Model",
+    )
+    preset: str = _option("", "Size of the model: tiny (if not given), s16, b16, l16, h16, b8, b24.", section="Model")
     encoder: dict[str, Any] = field(
         default_factory=dict, metadata=_about("Changes to the preset's EncoderConfig.", section="Model")
     )
@@ -56,7 +62,7 @@ class TrainConfig:
     model: dict[str, Any] = field(
         default_factory=dict, metadata=_about("Arguments of StellarModel, e.g. masking_ratio=0.8.", section="Model")
     )
-    weights: str = _option("", "Start from these weights: folder, checkpoint or hub id.", section="Model")
+    weights: str = _option("", "Start from these weights: folder, run, checkpoint or hub id.", section="Model")
 
     epochs: float = _option(100.0, "Passes over the data.", section="Optimisation")
     steps: int = _option(0, "Optimizer steps; 0 follows --epochs.", section="Optimisation")
@@ -86,6 +92,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             setattr(self, f.name, _coerce(f.name, getattr(self, f.name), str(f.type)))
+        if not self.preset and not self.decoder_only:
+            self.preset = "tiny"
         _require(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, "auto, fp32 or bf16")
         for name in ("batch_size", "accumulate", "log_every", "keep", "max_nonfinite"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -100,8 +108,10 @@ class TrainConfig:
         _require(self.workers >= -1, "workers", self.workers, "-1 or more")
 
     @classmethod
-    def load(cls, path: str | Path | None = None, **overrides: Any) -> TrainConfig:
-        """Read a YAML file (or start from the defaults) and let `overrides` win; nested tables merge key by key."""
+    def load(
+        cls, path: str | Path | None = None, defaults: Mapping[str, Any] | None = None, **overrides: Any
+    ) -> TrainConfig:
+        """Read a YAML file over `defaults` and let `overrides` win; nested tables merge key by key."""
         values: dict[str, Any] = {}
         if path is not None:
             try:
@@ -114,19 +124,25 @@ class TrainConfig:
         for name, value in overrides.items():
             merge = isinstance(value, Mapping) and isinstance(values.get(name), Mapping)
             values[name] = {**values[name], **value} if merge else value
-        return cls(**values)
+        return cls(**{**(defaults or {}), **values})
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved configuration; `data` and `out` become absolute so that the file works from any folder."""
-        values = dataclasses.asdict(self) | {"data": os.path.abspath(self.data), "out": os.path.abspath(self.out)}
-        for table, name in ((values, "weights"), (values["model"], "vq_model"), (values["model"], "vit_pretrained")):
-            if table.get(name) and os.path.exists(table[name]):  # else a hub id
-                table[name] = os.path.abspath(table[name])
+        """Write the resolved configuration; paths become absolute so that the file works from any folder."""
+        values = self._absolute() | {"data": os.path.abspath(self.data), "out": os.path.abspath(self.out)}
         write_atomically(path, yaml.safe_dump(values, sort_keys=False).encode())
 
     def exact_values(self) -> dict[str, Any]:
         """The options that change the numbers of a run."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["exact"]}
+        values = self._absolute()
+        return {f.name: values[f.name] for f in dataclasses.fields(self) if f.metadata["exact"]}
+
+    def _absolute(self) -> dict[str, Any]:
+        """The options by name; of those that name weights, every path is absolute."""
+        values = dataclasses.asdict(self)
+        for table, name in ((values, "weights"), (values["model"], "vq_model"), (values["model"], "vit_pretrained")):
+            if table.get(name) and os.path.exists(table[name]):  # else a hub id
+                table[name] = os.path.abspath(table[name])
+        return values
 
 
 def resolve_device(name: str) -> torch.device:

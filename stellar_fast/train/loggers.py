@@ -8,7 +8,6 @@ out `skipped`: the names of the terms that were not finite.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from stellar_fast.files import write_atomically
+from stellar_fast.files import null_if_not_finite, write_atomically
 
 Record = dict[str, Any]  # a metric of several numbers, such as matched_tokens, is a list
 _ABOUT_THE_STEP = ("step", "epoch", "progress", "seconds", "images_per_second", "skipped")
@@ -56,7 +55,7 @@ class JsonLines:
         self._first = False
 
     def _write(self, record: Record) -> None:
-        self._file.write(json.dumps(_null_if_not_finite(record)) + "\n")
+        self._file.write(json.dumps(null_if_not_finite(record)) + "\n")
         self._file.flush()
         self._unwritten = None
 
@@ -64,15 +63,6 @@ class JsonLines:
         if self._unwritten:
             self._write(self._unwritten)
         self._file.close()
-
-
-def _null_if_not_finite(value: Any) -> Any:
-    """The same with None in the place of every number that JSON does not know."""
-    if isinstance(value, dict):
-        return {name: _null_if_not_finite(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_null_if_not_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(record: Record) -> list[str]:

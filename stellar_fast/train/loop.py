@@ -89,8 +89,13 @@ def train(
             torch.cuda.set_device(device)
         torch.manual_seed(config.seed)
         if model is None:  # weights of a resumed run come from its checkpoint: those it started from may be gone
-            resumed = resume and config.weights and newest_checkpoint(Path(config.out) / "checkpoints")[0]
-            model = build_model(replace(config, weights="") if resumed else config)
+            start = config
+            resumed = newest_checkpoint(Path(config.out) / "checkpoints")[0] if resume and config.weights else None
+            if resumed and config.decoder_only:  # the encoder's sizes are those that its weights tell
+                start = replace(config, preset="", weights=str(resumed.path))
+            elif resumed:
+                start = replace(config, weights="")
+            model = build_model(start)
         dataset = build_dataset(config, model) if dataset is None else dataset
         return _Trainer(config, model, dataset, device, ranks).run(resume, loggers, stop)
 
@@ -302,7 +307,8 @@ class _Trainer:
         program = ["stellar-fast"]
         if self.ranks.world > 1:
             program = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "stellar_fast.cli"]
-        return shlex.join([*program, "train", "--config", os.path.abspath(self.out / "config.yaml"), "--resume"])
+        command = "train-decoder" if self.config.decoder_only else "train"
+        return shlex.join([*program, command, "--config", os.path.abspath(self.out / "config.yaml"), "--resume"])
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same for a resumed run to be the same run, as JSON would give it back."""

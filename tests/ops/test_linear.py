@@ -9,7 +9,7 @@ from stellar_fast import backend, native
 from stellar_fast.backend import use_backend
 from stellar_fast.kernels.linear import config
 from stellar_fast.nn.linear import Linear
-from stellar_fast.ops import linear
+from stellar_fast.ops import linear, scratch
 from tests.harness import check_op, check_registered, each_backend, each_shape, poisoned_memory
 
 LARGE = (70, 130, 190)  # rows, in, out: above the size from which oneDNN is taken; odd, so no width is a multiple of 16
@@ -262,12 +262,12 @@ def test_transforms_of_torch_func_take_torch():
 
 
 def test_scratch_is_bounded_and_given_back():
-    module = sys.modules["stellar_fast.ops.linear"]
+    scratch.release_scratch()
     x, weight, bias = (t.requires_grad_() for t in inputs(*LARGE))
     linear(x, weight, bias, gelu="input").sum().backward()
-    kept = vars(module._of_thread)
+    kept = vars(scratch._of_thread)
     assert bool(kept) == native.available()
-    assert sum(block.numel() for block in kept.values()) <= 3 * module.SCRATCH_LIMIT
-    assert module._scratch((module.SCRATCH_LIMIT + 1,), torch.uint8, "gelu") is not kept.get("gelu")
-    module.release_scratch()
-    assert not vars(module._of_thread)
+    assert sum(block.numel() for block in kept.values()) <= 3 * scratch.LIMIT
+    assert scratch.scratch((scratch.LIMIT + 1,), torch.uint8, "gelu") is not kept.get("gelu")
+    scratch.release_scratch()
+    assert not vars(scratch._of_thread)

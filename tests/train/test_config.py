@@ -17,6 +17,18 @@ def test_flags_win_over_the_file_and_tables_merge(tmp_path: Path) -> None:
     assert config.clip == 3.0
 
 
+def test_defaults_give_way_to_the_file_and_to_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lr: 1e-4\n")
+    config = TrainConfig.load(file, defaults={"lr": 1.0, "epochs": 20, "batch_size": 4}, batch_size=8)
+    assert (config.lr, config.epochs, config.batch_size) == (1e-4, 20, 8)
+
+
+def test_the_model_is_tiny_unless_weights_tell_another() -> None:
+    assert TrainConfig().preset == "tiny"
+    assert TrainConfig(decoder_only=True).preset == ""
+
+
 def test_saved_config_loads_to_the_same_run_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(data="photos", out="run", lr=3e-4, model={"focal_mode": None})

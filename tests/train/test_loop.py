@@ -151,6 +151,16 @@ def test_a_resumed_run_does_not_need_the_weights_it_started_from(config: TrainCo
     assert train(config, resume=True).step == 1
 
 
+def test_weights_may_be_named_from_another_folder(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(change(config, steps=1, out=str(tmp_path / "start")))
+    monkeypatch.chdir(tmp_path)
+    train(change(config, steps=1, weights="start"))  # a run's folder: its newest checkpoint
+    monkeypatch.chdir("/")
+    assert train(TrainConfig.load(f"{config.out}/config.yaml"), resume=True).step == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

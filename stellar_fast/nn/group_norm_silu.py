@@ -1,0 +1,27 @@
+"""`torch.nn.GroupNorm` and a SiLU through the `group_norm_silu` operator."""
+
+import torch
+from torch import Tensor, nn
+
+from stellar_fast.ops.group_norm_silu import group_norm_silu
+from stellar_fast.ops.scratch import scratch
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """A GroupNorm followed by a SiLU, with GroupNorm's parameters."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, addend: Tensor | None = None, stats: Tensor | None = None, *, transient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return (silu(norm(x + addend)), x + addend); `stats` are those of x where there is no addend.
+
+        A transient first result is memory that the thread's next one overwrites, on a CPU where no gradient is kept:
+        fresh memory costs more there than the arithmetic.
+        """
+        arguments = (x, self.num_groups, self.weight, self.bias, self.eps, stats)
+        keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.weight))
+        out = None
+        if transient and x.device.type == "cpu" and x.numel() and not keeps and not torch.compiler.is_compiling():
+            out = scratch(x.shape, x.dtype, "group_norm_silu", torch.channels_last)
+        result = group_norm_silu(*arguments, residual=addend, out=out)
+        return (result, x) if isinstance(result, Tensor) else result
