@@ -56,9 +56,9 @@ def _forward(
         features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
         knobs = config.heuristic(*_problem(features, prototypes, targets), features.device)
         losses, lse, mass = kernel.launch_prototype_cross_entropy_fwd(
-            features, prototypes, targets, target_temperature, index, temperature, split_sizes, knobs
+            features, prototypes, targets, target_temperature, index, temperature, knobs
         )
-        return losses, lse, mass, lse.new_empty(0), lse.new_empty(0)
+        return reference.means(losses, split_sizes), lse, mass, lse.new_empty(0), lse.new_empty(0)
     with torch.autocast("cpu", enabled=False):  # products are in the dtype of what they are given
         weights = _row_weights(torch.ones(len(split_sizes)), split_sizes)
         losses, grad_features, grad_prototypes_t = _on_cpu(
@@ -150,7 +150,7 @@ def _(
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip((features, prototypes), needs, strict=True))
 
 
-# A CPU's backward of one loss needs its inputs no more: its forward's gradients times the loss's, in the inputs' dtypes.
+# A CPU's backward of one loss: its forward's gradients times the loss's, in the dtypes of features and prototypes.
 @torch.library.custom_op("stellar_fast::prototype_cross_entropy_scale_backward", mutates_args=())
 def _scale_backward(
     grad: Tensor,
@@ -192,7 +192,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.num_targets = len(targets)
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    ctx.only_scales = any(kept_needs) and len(ctx.split_sizes) == 1
+    ctx.only_scales = ctx.name == "cpu" and any(kept_needs) and len(ctx.split_sizes) == 1
     if ctx.only_scales:
         ctx.dtypes = features.dtype, prototypes.dtype
         ctx.save_for_backward(*kept[2:])
@@ -382,17 +382,19 @@ def prototype_cross_entropy(
             cheaper than one a run, above all in the gradient of the prototypes.
 
     Returns:
-        0-dim fp32 loss, with `split_sizes` (N,), with gradients for features and prototypes. Products are taken in the wider of the dtypes of
-        features and prototypes, under autocast in its dtype; softmax, sums and gradients are fp32, and the same every
-        time. On a CPU in bf16 the gradient of the logits is stored as bf16, and each block's products with it are
-        rounded to bf16 before they are summed in fp32. Logits, probabilities and gathered targets exist for a tile at a
-        time, never for all of (R, C).
+        0-dim fp32 loss, with `split_sizes` (N,), with gradients for features and prototypes. Products are taken in the
+        wider of the dtypes of features and prototypes, under autocast in its dtype; softmax, sums and gradients are
+        fp32, and the same every time. On a CPU in bf16 the gradient of the logits is stored as bf16, and each block's
+        products with it are rounded to bf16 before they are summed in fp32. Logits, probabilities and gathered targets
+        exist for a tile at a time, never for all of (R, C).
         Backends: `triton` (fp32, bf16, fp16; E up to 512), `cpu` (fp32, bf16; fp16 as fp32), which computes the
-        gradients in the forward (and again where those of several losses differ), and `reference` (fp32 with all of (R, C)).
+        gradients in the forward (and again where those of several losses differ), and `reference` (fp32 with all of (R,
+        C)).
 
     Raises:
-        ValueError: shapes that do not fit together, no predictions, runs that are empty or not R in all, dtypes that are not floating, a temperature that
-            is not positive; an index or a class out of range (on a CPU, elsewhere only under STELLAR_FAST_CHECK=1).
+        ValueError: shapes that do not fit together, no predictions, runs that are empty or not R in all, dtypes that
+            are not floating, a temperature that is not positive; an index or a class out of range (on a CPU, elsewhere
+            only under STELLAR_FAST_CHECK=1).
 
     Source: STELLAR (arXiv 2602.01905), online clustering.
     """

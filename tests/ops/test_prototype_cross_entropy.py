@@ -403,6 +403,8 @@ def test_golden_head(golden_ops):
         ({"index": None}, "targets.row has R=4 but features has R=6"),
         ({"targets": torch.zeros(4)}, "SinkhornTargets or torch.int64 classes but is torch.float32"),
         ({"temperature": 0.0}, "temperature must be positive but is 0.0"),
+        ({"split_sizes": (4, 1)}, r"must be positive and 6 in all, as features has rows, but are \[4, 1\]"),
+        ({"split_sizes": (6, 0)}, r"but are \[6, 0\]"),
         ({"features": torch.zeros(6, 16, dtype=torch.int64)}, "features must be floating point but is torch.int64"),
     ],
     ids=str,
@@ -502,10 +504,19 @@ def test_triton_sums_over_tiles_and_splits(backend, device, targets, width):
     runs = []
     for _ in range(2):
         with poisoned_memory():
-            loss, lse, mass = launch_prototype_cross_entropy_fwd(*pair, parts, 0.06, index, 0.12, config)
+            losses, lse, mass = launch_prototype_cross_entropy_fwd(*pair, parts, 0.06, index, 0.12, config)
             grads = launch_prototype_cross_entropy_bwd(
-                torch.tensor(3.0, device=device), *pair, parts, 0.06, index, lse, mass, 0.12, [True, True], config
+                torch.full((35,), 3 / 35, device=device),
+                *pair,
+                parts,
+                0.06,
+                index,
+                lse,
+                mass,
+                0.12,
+                [True, True],
+                config,
             )
-        runs.append({name: x.cpu() for name, x in zip(expected, (loss, *grads), strict=True)})
+        runs.append({name: x.cpu() for name, x in zip(expected, (losses.mean(), *grads), strict=True)})
     assert mismatches(runs[0], expected, absolute=1e-4) == []
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in expected)
