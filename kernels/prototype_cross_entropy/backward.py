@@ -37,7 +37,6 @@ def features_kernel(
     target_prototypes_ptr,
     lse_ptr,
     mass_ptr,
-    grad_ptr,  # of the loss, one element
     out_ptr,  # (splits, R, E)
     features_stride,
     prototypes_stride,
@@ -58,7 +57,7 @@ def features_kernel(
     SLICE: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """sum_c (softmax_c mass - t_c) prototypes_c of a block of predictions."""
+    """sum_c (softmax_c mass - t_c) prototypes_c / temperature of a block of predictions, for a weight of one."""
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     r_mask = r < R
     split = tl.program_id(1)
@@ -114,7 +113,7 @@ def features_kernel(
         grad = tl.exp(tl.minimum(x - lse[:, None], 0.0)) * mass[:, None] - t
         out = dot(_as_operand(grad, prototypes), prototypes, out)
     e = e_first + tl.arange(0, BLOCK_OUT)
-    scale = tl.load(grad_ptr).to(tl.float32) * factor / R
+    scale = factor
     if features_ptr.dtype.element_ty == tl.float16:
         scale /= FP16_SCALE
     out_ptr += split.to(tl.int64) * R * E
@@ -135,7 +134,8 @@ def prototypes_kernel(
     target_prototypes_ptr,
     lse_ptr,
     mass_ptr,
-    grad_ptr,
+    weights_ptr,  # (R,) of each prediction's loss, at most one
+    scale_ptr,  # of them all, one element
     out_ptr,  # (splits, C, E)
     features_stride,
     prototypes_stride,
@@ -156,7 +156,7 @@ def prototypes_kernel(
     SLICE: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
 ):
-    """sum_r (softmax_c mass - t_c) features_r of a block of prototypes; tiles are (prototypes, predictions)."""
+    """sum_r weight_r (softmax_c mass - t_c) features_r of a block of prototypes; tiles are prototypes x predictions."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     c_mask = c < C
     split = tl.program_id(1)
@@ -206,10 +206,11 @@ def prototypes_kernel(
                 )  # fmt: skip
             t = target_tile(row[None, :], column[:, None], scores, target_temperature, mask)
         # past the last prediction the mass and the rows of features are zero
-        grad = tl.exp(tl.minimum(x - lse[None, :], 0.0)) * mass[None, :] - t
+        weights = tl.load(weights_ptr + r, mask=r_mask, other=0.0)
+        grad = (tl.exp(tl.minimum(x - lse[None, :], 0.0)) * mass[None, :] - t) * weights[None, :]
         out = dot(_as_operand(grad, features), features, out)
     e = e_first + tl.arange(0, BLOCK_OUT)
-    scale = tl.load(grad_ptr).to(tl.float32) * factor / R
+    scale = tl.load(scale_ptr) * factor
     if features_ptr.dtype.element_ty == tl.float16:
         scale /= FP16_SCALE
     out_ptr += split.to(tl.int64) * C * E

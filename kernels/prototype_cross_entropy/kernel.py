@@ -57,7 +57,7 @@ def launch_prototype_cross_entropy_fwd(
     temperature: float,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, lse, mass): 0-dim, (R,) and (R,), fp32.
+    """Return (losses, lse, mass), (R,) fp32 each.
 
     `targets` are [classes], [row, column, logits] or [row, column, features, prototypes]; the elements of a row are
     next to each other in all matrices, vectors are contiguous. features and prototypes have one dtype.
@@ -97,11 +97,11 @@ def launch_prototype_cross_entropy_fwd(
         BLOCK_R=COMBINE_ROWS,
         num_warps=4,
     )
-    return losses.mean(), lse, mass
+    return losses, lse, mass
 
 
 def launch_prototype_cross_entropy_bwd(
-    grad: Tensor,
+    weights: Tensor,
     features: Tensor,
     prototypes: Tensor,
     targets: list[Tensor],
@@ -113,13 +113,19 @@ def launch_prototype_cross_entropy_bwd(
     needs: list[bool],
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """Return (grad_features, grad_prototypes), fp32, of shape (0,) where `needs` does not ask for it."""
+    """Return (grad_features, grad_prototypes), fp32, of shape (0,) where `needs` does not ask for it.
+
+    They are those of the sum of all predictions' losses, weighted by `weights` (R,), fp32.
+    """
+    # fp16 has room for gradients of logits of about one alone, whatever the losses are scaled by
+    scale = weights.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    relative = weights / scale
     (R, E), C = features.shape, len(prototypes)
     pointers, strides = _inputs(features, prototypes, targets, index)
     grads = []
-    for kernel, tile, splits, kept, summed, needed in (
-        (features_kernel, config.features, config.features_splits, "r", "c", needs[0]),
-        (prototypes_kernel, config.prototypes, config.prototypes_splits, "c", "r", needs[1]),
+    for kernel, more, tile, splits, kept, summed, needed in (
+        (features_kernel, (), config.features, config.features_splits, "r", "c", needs[0]),
+        (prototypes_kernel, (relative, scale), config.prototypes, config.prototypes_splits, "c", "r", needs[1]),
     ):
         if not needed:
             grads.append(lse.new_empty(0))
@@ -135,7 +141,7 @@ def launch_prototype_cross_entropy_bwd(
             *pointers,
             lse,
             mass,
-            grad,
+            *more,
             out,
             *strides,
             1 / temperature,
@@ -150,6 +156,8 @@ def launch_prototype_cross_entropy_bwd(
             num_stages=tile.num_stages,
         )
         grads.append(out.sum(0) if splits > 1 else out[0])
+    if needs[0]:
+        grads[0].mul_(weights[:, None])
     return grads[0], grads[1]
 
 
@@ -169,5 +177,5 @@ def inspect_launches(shape: Shape, dtype: torch.dtype, config: Config) -> None:
     for targets, knobs in cases:
         _, lse, mass = launch_prototype_cross_entropy_fwd(features, prototypes, targets, 0.06, index, 0.12, knobs)
         launch_prototype_cross_entropy_bwd(
-            new(), features, prototypes, targets, 0.06, index, lse, mass, 0.12, [True, True], knobs
+            new(R), features, prototypes, targets, 0.06, index, lse, mass, 0.12, [True, True], knobs
         )
