@@ -6,7 +6,8 @@ of a shared machine means little.
 
 One row of the CSV file is one measurement of one provider:
 
-    date, suite, op, direction, provider                     what ran: `op` of the suite ops, "forward[+backward]"
+    date, suite, op, direction, provider                     what ran: `op` of the suite ops (or another function of
+                                                             its room), "forward[+backward]"
     preset, shape, batch, dtype                              sizes (`dtype` bf16: autocast over fp32 weights; an op's
                                                              inputs are bf16 themselves)
     device, device_name, threads, allocator                  where (`allocator`: see `set_allocator`)

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,15 +29,26 @@ def fast_backends(op: str, device: str) -> list[str]:
     return [name for name in backend.OPS[op] if name != "reference" and not backend.refusal(name, device)]
 
 
+def functions(op: str) -> list[str]:
+    """What is timed of an operator's room: the operator, and the FUNCTIONS of its module in benchmarks/ops/."""
+    return [op, *_further(op)]
+
+
 def build_cases(
-    op: str, shape_name: str, dtype: torch.dtype, device: torch.device, say: Callable[[str], object]
+    op: str,
+    shape_name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    say: Callable[[str], object],
+    function: str = "",
 ) -> list[Case]:
     """Verify the providers of an operator, and return what to time: forward, and with backward where it has one.
 
-    A provider that does not take this shape or dtype, or whose own kernel would not run, is left out, with a word by
-    `say`.
+    `function` is one of `functions(op)`, by default the operator. A provider that does not take this shape or dtype, or
+    whose own kernel would not run, is left out, with a word by `say`.
     """
-    spec, module = load(op), importlib.import_module(f"benchmarks.ops.{op}")
+    formula, module = load(op), _module(op)
+    spec, as_formula = _further(op).get(function, (formula, None))
     shape = spec.shapes[shape_name]
     inputs = spec.make_inputs(shape, dtype, device, torch.Generator().manual_seed(0))
     inputs |= getattr(module, "ARGUMENTS", {})
@@ -45,11 +57,12 @@ def build_cases(
     for name in fast_backends(op, device.type) or ["reference"]:
         providers[f"stellar_fast.{name}"] = _ours(spec, name)
 
-    exact = _tensors(spec.reference, _doubled(inputs), gradients)
+    exact = _tensors(formula.reference, _doubled(inputs), gradients)
     errors: dict[str, dict[str, float]] = {}
     for name, provider in list(providers.items()):
+        verified = _then(provider, as_formula) if as_formula and name not in module.PROVIDERS else provider
         try:
-            errors[name] = _errors(_tensors(provider, inputs, gradients), exact, spec.integer_tolerance)
+            errors[name] = _errors(_tensors(verified, inputs, gradients), exact, formula.integer_tolerance)
         except DoesNotRun as reason:
             say(f"{name} is left out: {reason}")
             del providers[name]
@@ -57,7 +70,7 @@ def build_cases(
     return [
         Case(
             suite="ops",
-            op=op,
+            op=function or op,
             direction=direction,
             preset=shape_name,
             shape=" ".join(f"{letter}={size}" for letter, size in shape.items()),
@@ -77,6 +90,18 @@ def build_cases(
 
 class DoesNotRun(Exception):
     """Raised by a provider that does not take this device, shape or dtype: it is reported and gets no time."""
+
+
+def _module(op: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.ops.{op}")
+
+
+def _further(op: str) -> Mapping[str, tuple[OpSpec, Provider]]:
+    return getattr(_module(op), "FUNCTIONS", {})
+
+
+def _then(provider: Provider, convert: Provider) -> Provider:
+    return lambda **arguments: convert(provider(**arguments), **arguments)
 
 
 def _ours(spec: OpSpec, name: str) -> Provider:

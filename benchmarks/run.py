@@ -16,6 +16,7 @@ are wrong gets no time, and the exit code is then 1.
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -141,10 +142,11 @@ def plan(options: argparse.Namespace) -> list[Plan]:
                 plans.append(Plan(f"{suite} {dtype}", dtype, lambda f=build, a=arguments: [f(*a)], weight))
     ops_weight = sum(planned.weight for planned in plans) * OPS_SHARE / (1 - OPS_SHARE) or 1.0
     of_ops = [case for op in (_operators(options) if "ops" in options.suite else []) for case in _op_cases(options, op)]
-    for op, shape, dtype in of_ops:
-        label = f"{op} {shape} {dtype}"
+    for op, function, shape, dtype in of_ops:
+        label = f"{function} {shape} {dtype}"
         arguments = (op, shape, DTYPES.get(dtype, torch.uint8), device, lambda text, at=label: say(f"{at}: {text}"))
-        plans.append(Plan(label, dtype, lambda a=arguments: operators.build_cases(*a), ops_weight / len(of_ops)))
+        build = functools.partial(operators.build_cases, *arguments, function)
+        plans.append(Plan(label, dtype, build, ops_weight / len(of_ops)))
     return plans
 
 
@@ -155,8 +157,8 @@ def _operators(options: argparse.Namespace) -> list[str]:
     return known if "all" in options.op else options.op
 
 
-def _op_cases(options: argparse.Namespace, op: str) -> list[tuple[str, str, str]]:
-    """(op, shape, dtype) of one operator."""
+def _op_cases(options: argparse.Namespace, op: str) -> list[tuple[str, str, str, str]]:
+    """(op, function, shape, dtype) of one operator."""
     spec = load(op)
     named = [name for name in spec.shapes if name != "small"]
     asked = named[:1] if options.op_shape is None else options.op_shape
@@ -164,7 +166,7 @@ def _op_cases(options: argparse.Namespace, op: str) -> list[tuple[str, str, str]
     dtypes = [dtype for dtype in options.dtype if DTYPES[dtype] in spec.dtypes]
     if not any(dtype.is_floating_point for dtype in spec.dtypes):
         dtypes = ["uint8"]
-    return [(op, shape, dtype) for shape in taken for dtype in dtypes]
+    return [(op, function, shape, dtype) for function in operators.functions(op) for shape in taken for dtype in dtypes]
 
 
 def run_plan(

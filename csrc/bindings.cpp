@@ -181,7 +181,7 @@ void add_layer_norm_backward_checked(int count, int width, RowsArgument grad_nor
 using PrototypeTargetsArgument = std::tuple<uintptr_t, bool, ptrdiff_t, uintptr_t, uintptr_t, float, uintptr_t, uintptr_t>;
 
 void prototype_cross_entropy_rows_checked(int count, int prototypes, uintptr_t logits, bool is_bfloat16,
-                                          const PrototypeTargetsArgument &t, float temperature, float grad_scale, uintptr_t loss,
+                                          const PrototypeTargetsArgument &t, float temperature, uintptr_t weights, uintptr_t loss,
                                           int threads) {
   check(count >= 0 && prototypes >= 1 && threads >= 1, "sizes must be positive but are ", count, ", ", prototypes, ", ", threads);
   const PrototypeTargets targets{address<const void>(std::get<0>(t)),    std::get<1>(t), std::get<2>(t),
@@ -189,8 +189,8 @@ void prototype_cross_entropy_rows_checked(int count, int prototypes, uintptr_t l
                                  std::get<5>(t),                         address<const int64_t>(std::get<6>(t)),
                                  address<const int64_t>(std::get<7>(t))};
   const py::gil_scoped_release release;
-  prototype_cross_entropy_rows(count, prototypes, address<void>(logits), is_bfloat16, targets, temperature, grad_scale,
-                               address<double>(loss), threads);
+  prototype_cross_entropy_rows(count, prototypes, address<void>(logits), is_bfloat16, targets, temperature,
+                               address<const float>(weights), address<double>(loss), threads);
 }
 
 // (address, whether bf16 rather than fp32, row stride in elements, rows, columns, temperature)

@@ -81,7 +81,7 @@ def prototype_cross_entropy_rows(
     is_bfloat16: bool,
     targets: _PrototypeTargets,
     temperature: float,
-    grad_scale: float,
+    weights: int,
     loss: int,
     threads: int,
 ) -> None: ...

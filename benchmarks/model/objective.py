@@ -40,11 +40,14 @@ def stellar_fast_losses(head: nn.Module, clean_BKD: Tensor, masked_GKD: Tensor) 
     from stellar_fast.nn.prototype_head import PrototypeHead
 
     assert isinstance(head, PrototypeHead)
-    features = head.features(clean_BKD)
-    targets = head.assign(features).targets
-    index = match(masked_GKD.unflatten(0, (len(clean_BKD), -1)), clean_BKD.detach(), hungarian=True)
-    masked_features = head.features(masked_GKD)
-    return head.cross_entropy(features, targets), head.cross_entropy(masked_features, targets, target_rows(index))
+    rows = [tokens.flatten(0, 1) for tokens in (clean_BKD, masked_GKD)]
+    sizes = [len(x) for x in rows]
+    features = head.features(torch.cat(rows))
+    targets = head.assign(features[: sizes[0]]).targets
+    matched = match(masked_GKD.unflatten(0, (len(clean_BKD), -1)), clean_BKD.detach(), hungarian=True)
+    index = torch.cat([torch.arange(sizes[0], device=matched.device), target_rows(matched)])
+    clustering, mask = head.cross_entropy(features, targets, index, sizes).unbind()
+    return clustering, mask
 
 
 def build_head(provider: str, shape: ModelShape, device: torch.device) -> nn.Module:

@@ -19,10 +19,10 @@ struct PrototypeTargets {
 };
 
 // `count` predictions of `prototypes` logits each, dense. With x = logits / temperature and lse = log sum_c exp(x_c):
-//   loss_r = sum_c t_c (lse - x_c),  and where `grad_scale` is not 0 the logits become
-//   (softmax_c sum t - t_c) * grad_scale / temperature
+//   loss_r = sum_c t_c (lse - x_c),  and where `weights` (count) is not null the logits become
+//   (softmax_c sum t - t_c) * weights_r / temperature
 // The result does not depend on the number of threads.
 void prototype_cross_entropy_rows(int count, int prototypes, void *logits, bool is_bfloat16, const PrototypeTargets &targets,
-                                  float temperature, float grad_scale, double *loss, int threads);
+                                  float temperature, const float *weights, double *loss, int threads);
 
 }  // namespace stellar_fast

@@ -39,7 +39,8 @@ struct Call {
   void *logits;
   bool is_bfloat16;
   const PrototypeTargets &targets;
-  float temperature, grad_scale;
+  float temperature;
+  const float *weights;
   double *loss;
   const int *order;  // rows, those of one target next to each other
 };
@@ -113,9 +114,9 @@ STELLAR_FAST_INLINE void rows_of(const Call &call, int first, int last, float *l
     const int64_t chosen = targets.classes ? targets.classes[wanted] : 0;
     if (targets.classes) below = ((double)top - to_float(x[chosen])) * inverse;
     call.loss[row] = mass * std::log(sum_of_exps) + below;
-    if (call.grad_scale == 0) continue;
+    if (!call.weights) continue;
 
-    const float scale = call.grad_scale * inverse, share = float(mass / sum_of_exps);
+    const float scale = call.weights[row] * inverse, share = float(mass / sum_of_exps);
     if (targets.classes) {
       const float at_chosen = (exps[chosen] * share - 1) * scale;
       for_vectors<W>(0, prototypes, STELLAR_FAST_BODY {
@@ -145,12 +146,12 @@ STELLAR_FAST_BY_LEVEL(some_rows, (const Call &call, int first, int last, float *
 }  // namespace
 
 void prototype_cross_entropy_rows(int count, int prototypes, void *logits, bool is_bfloat16, const PrototypeTargets &targets,
-                                  float temperature, float grad_scale, double *loss, int threads) {
+                                  float temperature, const float *weights, double *loss, int threads) {
   // Views of a token learn from one target, whose exponentials are then computed once.
   std::vector<int> order(count);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return target_of(targets, a) < target_of(targets, b); });
-  const Call call{prototypes, logits, is_bfloat16, targets, temperature, grad_scale, loss, order.data()};
+  const Call call{prototypes, logits, is_bfloat16, targets, temperature, weights, loss, order.data()};
   const std::unique_ptr<float[]> lines(new float[(size_t)threads * 2 * pad(prototypes)]);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t)

@@ -84,7 +84,7 @@ def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device
     elif again:
         forward = Tile(64, 32, width, most, 8, 2)
         features = Tile(64, 32, width, most, 4, 2)
-        prototypes = Tile(32, 64, width, most, 4, 2)
+        prototypes = Tile(32, 64, width, most, 8, 2)
     else:
         forward = Tile(128, 64, width, most, 8, 2)
         features = Tile(64, 32, width, most, 4, 3)

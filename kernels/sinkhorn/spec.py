@@ -1,5 +1,7 @@
 """sinkhorn for tests and benchmarks. R rows (tokens), C columns (prototypes)."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -31,4 +33,12 @@ SPEC = OpSpec(
     # All column sums come before the first row's divisor, all rows before the next round's columns: three rounds are
     # four passes over the logits, unless they stay in a cache; then the assignments are written.
     bytes=lambda s, itemsize: float((4 * itemsize + 4) * s["R"] * s["C"]),
+)
+
+# The room's other function, which writes a number a row and a column.
+POTENTIALS = dataclasses.replace(
+    SPEC,
+    public="sinkhorn_potentials",
+    reference=by_argument(reference.sinkhorn_potentials),
+    bytes=lambda s, itemsize: float(4 * itemsize * s["R"] * s["C"] + 4 * (s["R"] + s["C"])),
 )

@@ -17,10 +17,9 @@ from stellar_fast.models.teacher import Teacher
 from stellar_fast.models.vqgan import VQGAN
 from stellar_fast.nn.color_augment import ColorAugment
 from stellar_fast.nn.masking import random_keep_indices
-from stellar_fast.nn.prototype_head import PrototypeHead
+from stellar_fast.nn.prototype_head import Assignment, PrototypeHead
 from stellar_fast.ops.koleo import koleo
 from stellar_fast.ops.packed_patch_embed import check_images, to_unit_range
-from stellar_fast.ops.sinkhorn import SinkhornTargets
 from stellar_fast.ops.token_match import token_match
 
 PIXEL_WEIGHT = 10.0
@@ -36,11 +35,11 @@ class Loss(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What other views learn: tokens (B, K, D) to match, the assignments of those B K tokens and of the B images."""
+    """A teacher's tokens (B, K, D), to be matched, and the assignments of those B K tokens and of the B images."""
 
     tokens: Tensor
-    sparse: SinkhornTargets | None
-    cls: SinkhornTargets | None
+    sparse: Assignment
+    cls: Assignment | None
 
 
 class Objective(nn.Module):
@@ -96,17 +95,15 @@ class Objective(nn.Module):
 
         if self.do_recon:
             self._reconstruction(predictions, views[:, 0], clean)
-        targets = self._targets(predictions, views, clean)
-        if masked is not None:
-            self._mask_loss(predictions, masked.sparse, targets)
+        if self.clustering_head is not None:
+            teacher = None if self.teacher is None else self._teacher_targets(views[:, 1])
+            self._sparse_losses(predictions, clean, masked, teacher)
+            if self.cls_cluster_head is not None:
+                self._cls_losses(predictions, clean, [output for output in (masked, *others) if output], teacher)
         if self.do_koleo:
             spread = [clean.sparse] if masked is None else [clean.sparse, masked.sparse]
             loss = sum(koleo(sparse, min_distance=self.koleo_min_distance) for sparse in spread)
             predictions["koleo_loss"] = KOLEO_WEIGHT * loss
-        if self.do_cls:
-            student_cls = [output.cls for output in (masked, *others) if output is not None]
-            if student_cls and targets.cls is not None:
-                predictions["cls_loss"] = sum(self._cls_loss(x, targets.cls) for x in student_cls)
         return predictions
 
     def loss(self, predictions: Mapping[str, Any]) -> Loss:
@@ -174,55 +171,57 @@ class Objective(nn.Module):
         codes = predictions["vq_codes"] = self.tokenizer.encode(target).flatten(1)
         predictions["VQ-CE"] = F.cross_entropy(at_least_fp32(x_hat).flatten(0, 1), codes.flatten())
 
-    def _targets(self, predictions: dict[str, Any], views: Tensor, clean: ViewOutput) -> Targets:
-        """The clean view's losses, and what the other views learn."""
-        cls, sparse = clean.cls, clean.sparse
-        assert sparse is not None
-        if self.clustering_head is None:
-            return Targets(sparse.detach(), None, None)
-        features, cls_features = self.clustering_head.features(sparse), None
-        if self.cls_cluster_head is not None:
-            cls_features = self.cls_cluster_head.features(cls)
-        clean_index, cls_assignment = None, None
-        if self.teacher is None:
-            tokens = sparse.detach()
-            assignment = self.clustering_head.assign(features)
-            if self.cls_cluster_head is not None and cls_features is not None:
-                cls_assignment = self.cls_cluster_head.assign(cls_features)
+    @torch.no_grad()
+    def _teacher_targets(self, view: Tensor) -> Targets:
+        assert self.teacher is not None
+        cls, tokens, *_ = self.teacher.encoder([ViewBatch(view, rows="cls+sparse")])[0]
+        head, cls_head = self.teacher.clustering_head, self.teacher.cls_cluster_head
+        sparse = head.assign(head.features(tokens))
+        return Targets(tokens, sparse, None if cls_head is None else cls_head.assign(cls_head.features(cls)))
+
+    def _sparse_losses(
+        self, predictions: dict[str, Any], clean: ViewOutput, masked: ViewOutput | None, teacher: Targets | None
+    ) -> None:
+        """The sparse tokens' losses: those of the clean view, and those of masked views against the matched targets."""
+        assert self.clustering_head is not None and clean.sparse is not None
+        head, metrics = self.clustering_head, predictions["metrics"]
+        rows = [output.sparse.flatten(0, 1) for output in (clean, masked) if output and output.sparse is not None]
+        sizes = [len(x) for x in rows]
+        features = head.features(torch.cat(rows))
+        if teacher is None:
+            tokens, assignment = clean.sparse.detach(), head.assign(features[: sizes[0]])
+            index = [torch.arange(sizes[0], device=tokens.device)]
         else:
-            with torch.no_grad():
-                teacher_cls, tokens, *_ = self.teacher.encoder([ViewBatch(views[:, 1], rows="cls+sparse")])[0]
-                head, cls_head = self.teacher.clustering_head, self.teacher.cls_cluster_head
-                assignment = head.assign(head.features(tokens))
-                if cls_head is not None:
-                    cls_assignment = cls_head.assign(cls_head.features(teacher_cls))
-            index = match(sparse[:, None], tokens, self.hungarian_match)
-            predictions["match_index_clean"] = index[:, 0]
-            clean_index = target_rows(index)
-        metrics = predictions["metrics"]
-        predictions["clustering_loss"] = self.clustering_head.cross_entropy(features, assignment.targets, clean_index)
+            tokens, assignment = teacher.tokens, teacher.sparse
+            matched = match(clean.sparse[:, None], tokens, self.hungarian_match)
+            predictions["match_index_clean"] = matched[:, 0]
+            index = [target_rows(matched)]
+        if masked is not None and masked.sparse is not None:
+            matched = match(masked.sparse.unflatten(0, (-1, self.num_masks)), tokens, self.hungarian_match)
+            predictions["match_index_masked"] = matched.flatten(0, 1)
+            metrics["matched_tokens"] = matched_tokens(matched)
+            index.append(target_rows(matched))
+        losses = head.cross_entropy(features, assignment.targets, torch.cat(index), sizes)
+        predictions |= zip(("clustering_loss", "mask_loss"), losses.unbind(), strict=False)
         metrics["target_entropy"], metrics["prototypes_used"] = assignment.metrics()
-        if cls_assignment is None:
-            return Targets(tokens, assignment.targets, None)
-        assert self.cls_cluster_head is not None and cls_features is not None
-        loss = self.cls_cluster_head.cross_entropy(cls_features, cls_assignment.targets)
-        predictions["cls_clustering_loss"] = loss
-        metrics["cls_target_entropy"], metrics["cls_prototypes_used"] = cls_assignment.metrics()
-        return Targets(tokens, assignment.targets, cls_assignment.targets)
 
-    def _mask_loss(self, predictions: dict[str, Any], masked_sparse: Tensor, targets: Targets) -> None:
-        assert self.clustering_head is not None and targets.sparse is not None
-        index = match(masked_sparse.unflatten(0, (-1, self.num_masks)), targets.tokens, self.hungarian_match)
-        predictions["match_index_masked"] = index.flatten(0, 1)
-        predictions["metrics"]["matched_tokens"] = matched_tokens(index)
-        features = self.clustering_head.features(masked_sparse)
-        predictions["mask_loss"] = self.clustering_head.cross_entropy(features, targets.sparse, target_rows(index))
-
-    def _cls_loss(self, cls: Tensor, targets: SinkhornTargets) -> Tensor:
+    def _cls_losses(
+        self, predictions: dict[str, Any], clean: ViewOutput, others: list[ViewOutput], teacher: Targets | None
+    ) -> None:
+        """The CLS tokens' losses: that of the clean view, and the sum of what masked and local views have."""
         assert self.cls_cluster_head is not None
-        num_images = targets.row.shape[0]
-        index = image_rows(num_images, cls.shape[0] // num_images, cls.device)
-        return self.cls_cluster_head.cross_entropy(self.cls_cluster_head.features(cls), targets, index)
+        head, metrics = self.cls_cluster_head, predictions["metrics"]
+        rows = [output.cls.flatten(0, -2) for output in (clean, *others)]
+        sizes, num_images = [len(x) for x in rows], len(rows[0])
+        features = head.features(torch.cat(rows))
+        assignment = head.assign(features[:num_images]) if teacher is None else teacher.cls
+        assert assignment is not None
+        index = torch.cat([image_rows(num_images, size // num_images, features.device) for size in sizes])
+        own, *learned = head.cross_entropy(features, assignment.targets, index, sizes).unbind()
+        predictions["cls_clustering_loss"] = own
+        if learned:
+            predictions["cls_loss"] = torch.stack(learned).sum()
+        metrics["cls_target_entropy"], metrics["cls_prototypes_used"] = assignment.metrics()
 
 
 def match(pred_BVKD: Tensor, target_BKD: Tensor, hungarian: bool) -> Tensor:

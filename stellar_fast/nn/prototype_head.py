@@ -1,6 +1,6 @@
 """Online-clustering head: MLP, normalisation, prototypes, and what is learned from them. T tokens, C prototypes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -93,12 +93,27 @@ class PrototypeHead(nn.Module):
         targets = SinkhornTargets(row, column, self.sinkhorn.get("temperature", 0.06), logits=logits)
         return Assignment(targets, entropy, first)
 
-    def cross_entropy(self, features: Tensor, targets: SinkhornTargets, index: Tensor | None = None) -> Tensor:
-        """Mean loss of R features (..., E); `index` (R,) says which of the T targets each learns, if not its own."""
+    def cross_entropy(
+        self,
+        features: Tensor,
+        targets: SinkhornTargets,
+        index: Tensor | None = None,
+        split_sizes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Mean loss of R features (..., E); `index` (R,) says which of the T targets each learns, if not its own.
+
+        With `split_sizes` the mean of each run of so many features, (N,).
+        """
 
         def loss(rows: Tensor) -> Tensor:
-            weight = self.prototypes.weight
-            return prototype_cross_entropy(rows, weight, targets, index=index, temperature=self.temperature)
+            return prototype_cross_entropy(
+                rows,
+                self.prototypes.weight,
+                targets,
+                index=index,
+                temperature=self.temperature,
+                split_sizes=split_sizes,
+            )
 
         return self(features.flatten(0, -2), loss)
 

@@ -3,6 +3,8 @@
 R predictions, T targets, C prototypes, E prototype width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,7 @@ def _forward(
     index: Tensor | None,
     temperature: float,
     dtype: torch.dtype,
+    split_sizes: list[int],
     needs: list[bool],
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -52,28 +55,31 @@ def _forward(
 
         features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
         knobs = config.heuristic(*_problem(features, prototypes, targets), features.device)
-        loss, lse, mass = kernel.launch_prototype_cross_entropy_fwd(
+        losses, lse, mass = kernel.launch_prototype_cross_entropy_fwd(
             features, prototypes, targets, target_temperature, index, temperature, knobs
         )
-        return loss, lse, mass, lse.new_empty(0), lse.new_empty(0)
+        return reference.means(losses, split_sizes), lse, mass, lse.new_empty(0), lse.new_empty(0)
     with torch.autocast("cpu", enabled=False):  # products are in the dtype of what they are given
-        loss, grad_features, grad_prototypes_t = _on_cpu(
-            features, prototypes, targets, target_temperature, index, temperature, dtype, needs
+        weights = _row_weights(torch.ones(len(split_sizes)), split_sizes)
+        losses, grad_features, grad_prototypes_t = _on_cpu(
+            features, prototypes, targets, target_temperature, index, temperature, dtype, weights, needs
         )
-    return loss, loss.new_empty(0), loss.new_empty(0), grad_features, grad_prototypes_t
+    losses = reference.means(losses, split_sizes).float()
+    return losses, losses.new_empty(0), losses.new_empty(0), grad_features, grad_prototypes_t
 
 
 @_forward.register_fake
-def _(features, prototypes, targets, target_temperature, index, temperature, dtype, needs, name):
+def _(features, prototypes, targets, target_temperature, index, temperature, dtype, split_sizes, needs, name):
     (R, E), C = features.shape, prototypes.shape[0]
     rows = R if name == "triton" else 0
-    sizes = [(), (rows,), (rows,)] + [
+    sizes = [(len(split_sizes),), (rows,), (rows,)] + [
         size if name == "cpu" and need else (0,) for size, need in zip([(R, E), (E, C)], needs, strict=True)
     ]
     return tuple(features.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
-# Of Triton, and of few rows on a CPU: (grad_features, grad_prototypes), each of shape (0,) if `needs` does not ask.
+# (grad_features, grad_prototypes), each of shape (0,) if `needs` does not ask. The gradients that a CPU's forward kept
+# serve where those of all losses are equal.
 @torch.library.custom_op("stellar_fast::prototype_cross_entropy_backward", mutates_args=())
 def _backward(
     grad: Tensor,
@@ -84,35 +90,67 @@ def _backward(
     index: Tensor | None,
     lse: Tensor,
     mass: Tensor,
+    grad_features: Tensor,
+    grad_prototypes_t: Tensor,
     temperature: float,
     dtype: torch.dtype,
+    split_sizes: list[int],
     needs: list[bool],
     name: str,
 ) -> tuple[Tensor, Tensor]:
     backend.ran(_OPERATOR, name)
     if name == "cpu":
-        with torch.autocast("cpu", enabled=False):
-            _, grad_features, grad_prototypes_t = _on_cpu(
-                features, prototypes, targets, target_temperature, index, temperature, dtype, needs
-            )
-        return _scaled(grad, grad_features, grad_prototypes_t, features.dtype, prototypes.dtype)
+        kept = [x.dim() == 2 for x in (grad_features, grad_prototypes_t)]
+        if kept != needs or (grad != grad[0]).any():
+            weights, grad = _row_weights(grad, split_sizes), torch.ones(1)
+            with torch.autocast("cpu", enabled=False):
+                _, grad_features, grad_prototypes_t = _on_cpu(
+                    features, prototypes, targets, target_temperature, index, temperature, dtype, weights, needs
+                )
+        return _scaled(grad[0], grad_features, grad_prototypes_t, features.dtype, prototypes.dtype)
     from stellar_fast.kernels.prototype_cross_entropy import config, kernel
 
     dtypes = features.dtype, prototypes.dtype
     features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
     knobs = config.heuristic(*_problem(features, prototypes, targets), features.device)
     grads = kernel.launch_prototype_cross_entropy_bwd(
-        grad, features, prototypes, targets, target_temperature, index, lse, mass, temperature, needs, knobs
+        _row_weights(grad, split_sizes),
+        features,
+        prototypes,
+        targets,
+        target_temperature,
+        index,
+        lse,
+        mass,
+        temperature,
+        needs,
+        knobs,
     )
     return grads[0].to(dtypes[0]), grads[1].to(dtypes[1])
 
 
 @_backward.register_fake
-def _(grad, features, prototypes, targets, target_temperature, index, lse, mass, temperature, dtype, needs, name):
+def _(
+    grad,
+    features,
+    prototypes,
+    targets,
+    target_temperature,
+    index,
+    lse,
+    mass,
+    grad_features,
+    grad_prototypes_t,
+    temperature,
+    dtype,
+    split_sizes,
+    needs,
+    name,
+):
     return tuple(x.new_empty(x.shape if need else (0,)) for x, need in zip((features, prototypes), needs, strict=True))
 
 
-# The CPU's backward: its forward's gradients times that of the loss, in the dtypes of features and prototypes.
+# A CPU's backward of one loss: its forward's gradients times the loss's, in the dtypes of features and prototypes.
 @torch.library.custom_op("stellar_fast::prototype_cross_entropy_scale_backward", mutates_args=())
 def _scale_backward(
     grad: Tensor,
@@ -122,7 +160,7 @@ def _scale_backward(
     prototypes_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     backend.ran(_OPERATOR, "cpu")
-    return _scaled(grad, grad_features, grad_prototypes_t, features_dtype, prototypes_dtype)
+    return _scaled(grad[0], grad_features, grad_prototypes_t, features_dtype, prototypes_dtype)
 
 
 @_scale_backward.register_fake
@@ -148,26 +186,28 @@ def _scaled(
 
 
 def _save(ctx, inputs, output) -> None:
-    features, prototypes, targets, ctx.target_temperature, index, ctx.temperature, ctx.dtype, kept_needs, ctx.name = (
-        inputs
-    )
-    ctx.multiplies_again = ctx.name == "triton" or not any(kept_needs)
+    features, prototypes, targets, *scalars, kept_needs, ctx.name = inputs
+    ctx.target_temperature, index, ctx.temperature, ctx.dtype, ctx.split_sizes = scalars
     _, *kept = output
     ctx.num_targets = len(targets)
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
-    if ctx.multiplies_again:
-        ctx.save_for_backward(features, prototypes, index, *kept[:2], *targets)
-    else:
+    ctx.only_scales = ctx.name == "cpu" and any(kept_needs) and len(ctx.split_sizes) == 1
+    if ctx.only_scales:
         ctx.dtypes = features.dtype, prototypes.dtype
         ctx.save_for_backward(*kept[2:])
+    else:
+        ctx.save_for_backward(features, prototypes, index, *kept, *targets)
 
 
 def _differentiate(ctx, grad: Tensor | None, *_):
     needs = list(ctx.needs_input_grad[:2])
     grads: tuple[Tensor | None, ...] = (None, None)
-    if grad is not None and ctx.multiplies_again:
-        features, prototypes, index, lse, mass, *targets = ctx.saved_tensors
+    if grad is not None and ctx.only_scales:
+        grads = _scale_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
+    elif grad is not None:
+        features, prototypes, index, *kept = ctx.saved_tensors
+        kept, targets = kept[:4], kept[4:]
         grads = _backward(
             grad,
             features,
@@ -175,16 +215,15 @@ def _differentiate(ctx, grad: Tensor | None, *_):
             targets,
             ctx.target_temperature,
             index,
-            lse,
-            mass,
+            *kept,
             ctx.temperature,
             ctx.dtype,
+            ctx.split_sizes,
             needs,
             ctx.name,
         )
-    elif grad is not None:
-        grads = _scale_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), [None] * ctx.num_targets, *(None,) * 6
+    targets_and_rest = [None] * ctx.num_targets, *(None,) * 7
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *targets_and_rest
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -198,9 +237,13 @@ def _on_cpu(
     index: Tensor | None,
     temperature: float,
     dtype: torch.dtype,
+    weights: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and as far as needed the gradients of features and, transposed, of prototypes."""
+    """Each row's loss, fp64, and as far as needed the gradients of features and, transposed, of prototypes.
+
+    The gradients are those of the losses' sum weighted by `weights`, (R,) fp32.
+    """
     (R, E), C = features.shape, prototypes.shape[0]
     # again, since a compiled call comes here unchecked and the native module reads where index and classes point
     _check_values(targets, index, C)
@@ -220,6 +263,7 @@ def _on_cpu(
         across = transposed(prototypes, "right")
     least, most = BLOCK_ROWS
     rows = min(max(BLOCK_BYTES // (C * dtype.itemsize), least), most)
+    rows = -(-R // max(1, round(R / rows)))  # blocks alike: a small last one multiplies at a lower rate
     for start in range(0, R, rows):
         block = features[start : start + rows]
         logits = _product(block, prototypes)
@@ -230,7 +274,7 @@ def _on_cpu(
             dtype == torch.bfloat16,
             argument,
             temperature,
-            1 / R if any(needs) else 0.0,
+            weights[start:].data_ptr() if any(needs) else 0,
             losses[start:].data_ptr(),
             torch.get_num_threads(),
         )
@@ -241,7 +285,12 @@ def _on_cpu(
             grad_prototypes_t = grad_prototypes_t.add_(part) if start else part.float()
             del part
         del logits, kept  # or the next block's would stand beside them
-    return losses.mean().float(), grad_features, grad_prototypes_t
+    return losses, grad_features, grad_prototypes_t
+
+
+def _row_weights(grad: Tensor, split_sizes: list[int]) -> Tensor:
+    """What each row's loss counts where the runs' means have these gradients, (R,) fp32."""
+    return torch.cat([g.expand(size) / size for g, size in zip(grad.float().unbind(), split_sizes, strict=True)])
 
 
 def _block_targets(
@@ -317,6 +366,7 @@ def prototype_cross_entropy(
     *,
     index: Tensor | None = None,
     temperature: float = 0.12,
+    split_sizes: Sequence[int] | None = None,
 ) -> Tensor:
     """Mean over predictions of ``-sum_c t_c log_softmax(features prototypes^T / temperature)_c``.
 
@@ -328,19 +378,23 @@ def prototype_cross_entropy(
             logits are multiplied again where they are needed, in the dtype that they are given in, also under autocast.
         index: (R,) int64, the target that each prediction learns; without it T = R.
         temperature: divides the logits of the predictions.
+        split_sizes: of runs of consecutive predictions, R in all, where each is to have a mean of its own: one call is
+            cheaper than one a run, above all in the gradient of the prototypes.
 
     Returns:
-        0-dim fp32 loss, with gradients for features and prototypes. Products are taken in the wider of the dtypes of
-        features and prototypes, under autocast in its dtype; softmax, sums and gradients are fp32, and the same every
-        time. On a CPU in bf16 the gradient of the logits is stored as bf16, and each block's products with it are
-        rounded to bf16 before they are summed in fp32. Logits, probabilities and gathered targets exist for a tile at a
-        time, never for all of (R, C).
+        0-dim fp32 loss, with `split_sizes` (N,), with gradients for features and prototypes. Products are taken in the
+        wider of the dtypes of features and prototypes, under autocast in its dtype; softmax, sums and gradients are
+        fp32, and the same every time. On a CPU in bf16 the gradient of the logits is stored as bf16, and each block's
+        products with it are rounded to bf16 before they are summed in fp32. Logits, probabilities and gathered targets
+        exist for a tile at a time, never for all of (R, C).
         Backends: `triton` (fp32, bf16, fp16; E up to 512), `cpu` (fp32, bf16; fp16 as fp32), which computes the
-        gradients in the forward, and `reference` (fp32 with all of (R, C)).
+        gradients in the forward (and again where those of several losses differ), and `reference` (fp32 with all of (R,
+        C)).
 
     Raises:
-        ValueError: shapes that do not fit together, no predictions, dtypes that are not floating, a temperature that
-            is not positive; an index or a class out of range (on a CPU, elsewhere only under STELLAR_FAST_CHECK=1).
+        ValueError: shapes that do not fit together, no predictions, runs that are empty or not R in all, dtypes that
+            are not floating, a temperature that is not positive; an index or a class out of range (on a CPU, elsewhere
+            only under STELLAR_FAST_CHECK=1).
 
     Source: STELLAR (arXiv 2602.01905), online clustering.
     """
@@ -348,6 +402,9 @@ def prototype_cross_entropy(
     if not sizes["R"]:
         raise ValueError("features has 0 rows: there is no mean over no predictions")
     check_positive(C=sizes["C"], E=sizes["E"], temperature=temperature)
+    runs = [sizes["R"]] if split_sizes is None else list(split_sizes)
+    if sum(runs) != sizes["R"] or min(runs, default=0) < 1:
+        raise ValueError(f"split_sizes must be positive and {sizes['R']} in all, as features has rows, but are {runs}")
     check_floating(features=features, prototypes=prototypes)
     parts, target_temperature = _check_targets(targets, index, features, prototypes)
     if values_are_checked(features):
@@ -360,12 +417,13 @@ def prototype_cross_entropy(
         parts = parts[:2] + [x.to(target_dtype) for x in parts[2:]]
     name = backend.pick(_OPERATOR, features.device.type, _unfit(dtype, sizes["E"]))
     if name == "reference":
-        return reference.prototype_cross_entropy(features.to(dtype), prototypes.to(dtype), targets, index, temperature)
+        features, prototypes = features.to(dtype), prototypes.to(dtype)
+        return reference.prototype_cross_entropy(features, prototypes, targets, index, temperature, split_sizes)
     index = None if index is None else index.contiguous()
     keeps = 2 * sizes["R"] >= sizes["E"] and torch.is_grad_enabled()
     needs = [keeps and x.requires_grad for x in (features, prototypes)]
-    loss, *_ = _forward(features, prototypes, parts, target_temperature, index, temperature, dtype, needs, name)
-    return loss
+    losses, *_ = _forward(features, prototypes, parts, target_temperature, index, temperature, dtype, runs, needs, name)
+    return losses.view(()) if split_sizes is None else losses
 
 
 def _check_targets(

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 from benchmarks import measure, operators, run, shapes
 from benchmarks.measure import Row
 from benchmarks.model import memory, objective, pair, step
-from benchmarks.ops import koleo
+from benchmarks.ops import koleo, sinkhorn
 from stellar_fast import backend
+from stellar_fast.kernels.sinkhorn.spec import POTENTIALS
 from stellar_fast.registry import load
 
 
@@ -221,9 +223,10 @@ def test_operators_are_verified_timed_and_written(tmp_path, capsys) -> None:
 @pytest.mark.parametrize("op", backend.OPS)
 def test_every_provider_of_an_operator_agrees_with_fp64(op: str) -> None:
     spec = load(op)
-    for dtype in (d for d in spec.dtypes if d != torch.float16):
+    dtypes = [d for d in spec.dtypes if d != torch.float16]
+    for function, dtype in itertools.product(operators.functions(op), dtypes):
         said = []
-        cases = operators.build_cases(op, "small", dtype, torch.device("cpu"), said.append)
+        cases = operators.build_cases(op, "small", dtype, torch.device("cpu"), said.append, function)
         assert [case.direction for case in cases] == ["forward", "forward+backward"][: 1 + bool(spec.gradients)]
         for case in cases:
             assert "plain" in case.calls and len(case.calls) > 1, said
@@ -238,6 +241,26 @@ def test_a_wrong_operator_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
     assert run.main([*arguments, "--out", str(tmp_path)]) == 1
     assert {line["provider"] for line in read_one(tmp_path)} == {"plain", "stellar_fast.cpu"}
     assert "koleo small fp32: wrong is WRONG and gets no time, worst output 0" in capsys.readouterr().err
+
+
+def test_potentials_have_rows_of_their_own_beside_the_formula(tmp_path, monkeypatch, capsys) -> None:
+    arguments = ["--suite", "ops", "--op", "sinkhorn", "--op-shape", "small", "--dtype", "fp32", "--rounds", "1"]
+    assert run.main([*arguments, "--out", str(tmp_path / "right")]) == 0
+    lines = read_one(tmp_path / "right")
+    assert [(line["op"], line["provider"]) for line in lines] == [
+        (op, provider) for op in ("sinkhorn", "sinkhorn_potentials") for provider in ("plain", "stellar_fast.cpu")
+    ]
+    R, C = 12, 20
+    assert [int(line["bytes"]) for line in lines[1:3]] == [20 * R * C, 16 * R * C + 4 * (R + C)]
+
+    def shifted(potentials, **inputs):
+        row, column = potentials
+        return sinkhorn.assignments((row + 1e-3, column), **inputs)
+
+    monkeypatch.setitem(sinkhorn.FUNCTIONS, "sinkhorn_potentials", (POTENTIALS, shifted))
+    assert run.main([*arguments, "--out", str(tmp_path / "wrong")]) == 1
+    assert [line["provider"] for line in read_one(tmp_path / "wrong")] == ["plain", "stellar_fast.cpu", "plain"]
+    assert "sinkhorn_potentials small fp32: stellar_fast.cpu is WRONG and gets no time" in capsys.readouterr().err
 
 
 def test_what_a_backend_does_not_take_is_left_out_with_its_reason(monkeypatch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stellar_fast import backend as backends
-from stellar_fast.backend import OPS
+from stellar_fast.backend import OPS, observe, use_backend
 from stellar_fast.kernels.prototype_cross_entropy import reference
 from stellar_fast.kernels.prototype_cross_entropy.spec import SPEC
 from stellar_fast.ops import prototype_cross_entropy
@@ -98,6 +98,33 @@ def test_without_an_index_row_learns_row(backend, device):
     given = inputs(R=5, T=5)
     given = {name: value for name, value in given.items() if name != "index"}
     check_op(dataclasses.replace(SPEC, make_inputs=lambda *_: _to(given, device)), backend, device=device)
+
+
+@each_backend(OP)
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(6,), (1, 3, 2)], ids=str)
+def test_each_run_has_a_mean_of_its_own(backend, device, dtype, sizes):
+    """Runs of rows learn as if each were called alone, whatever the gradients of their losses."""
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in _to(inputs(dtype), device).items()}
+    rows = [given.pop(name) for name in ("features", "index")]
+    for factors in ([1.0, 1.0, 1.0], [0.5, 0.5, 0.5], [1.0, -2.0, 0.0]):
+        found = []
+        for together in (True, False):
+            features, prototypes = rows[0].clone().requires_grad_(), given["prototypes"].clone().requires_grad_()
+            options = {"prototypes": prototypes, "targets": given["targets"]}
+            with use_backend(prototype_cross_entropy=backend), observe() as seen:
+                if together:
+                    losses = prototype_cross_entropy(features, index=rows[1], split_sizes=sizes, **options)
+                else:
+                    runs = zip(features.split(sizes), rows[1].split(sizes), strict=True)
+                    losses = torch.stack([prototype_cross_entropy(x, index=i, **options) for x, i in runs])
+                sum(f * loss for f, loss in zip(factors, losses, strict=False)).backward()
+            assert (OP, backend) in seen or backend == "reference"
+            found.append({"losses": losses.detach(), "features": features.grad, "prototypes": prototypes.grad})
+        tolerance = 1e-5 if dtype == FP32 else 2e-2
+        assert found[0]["losses"].shape == (len(sizes),)
+        for name, want in found[1].items():
+            torch.testing.assert_close(found[0][name], want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
 
 @each_backend(OP)
@@ -218,7 +245,7 @@ def test_nothing_has_the_size_of_all_logits(targets):
     }[targets]
     arguments = (given["features"], given["prototypes"], parts, soft.temperature, given["index"], 0.12, FP32)
     with _Sizes() as sizes:
-        _on_cpu(*arguments, [True, True])
+        _on_cpu(*arguments, torch.ones(len(given["features"])), [True, True])
     assert C * E <= sizes.largest <= R * C // 4
 
 
@@ -376,6 +403,8 @@ def test_golden_head(golden_ops):
         ({"index": None}, "targets.row has R=4 but features has R=6"),
         ({"targets": torch.zeros(4)}, "SinkhornTargets or torch.int64 classes but is torch.float32"),
         ({"temperature": 0.0}, "temperature must be positive but is 0.0"),
+        ({"split_sizes": (4, 1)}, r"must be positive and 6 in all, as features has rows, but are \[4, 1\]"),
+        ({"split_sizes": (6, 0)}, r"but are \[6, 0\]"),
         ({"features": torch.zeros(6, 16, dtype=torch.int64)}, "features must be floating point but is torch.int64"),
     ],
     ids=str,
@@ -475,10 +504,19 @@ def test_triton_sums_over_tiles_and_splits(backend, device, targets, width):
     runs = []
     for _ in range(2):
         with poisoned_memory():
-            loss, lse, mass = launch_prototype_cross_entropy_fwd(*pair, parts, 0.06, index, 0.12, config)
+            losses, lse, mass = launch_prototype_cross_entropy_fwd(*pair, parts, 0.06, index, 0.12, config)
             grads = launch_prototype_cross_entropy_bwd(
-                torch.tensor(3.0, device=device), *pair, parts, 0.06, index, lse, mass, 0.12, [True, True], config
+                torch.full((35,), 3 / 35, device=device),
+                *pair,
+                parts,
+                0.06,
+                index,
+                lse,
+                mass,
+                0.12,
+                [True, True],
+                config,
             )
-        runs.append({name: x.cpu() for name, x in zip(expected, (loss, *grads), strict=True)})
+        runs.append({name: x.cpu() for name, x in zip(expected, (losses.mean(), *grads), strict=True)})
     assert mismatches(runs[0], expected, absolute=1e-4) == []
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in expected)

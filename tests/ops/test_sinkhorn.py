@@ -1,4 +1,3 @@
-import dataclasses
 from typing import Any
 
 import pytest
@@ -9,16 +8,13 @@ from torch import Tensor
 
 from stellar_fast.backend import use_backend
 from stellar_fast.kernels.sinkhorn import reference
-from stellar_fast.kernels.sinkhorn.spec import SPEC
+from stellar_fast.kernels.sinkhorn.spec import POTENTIALS, SPEC
 from stellar_fast.ops import SinkhornTargets, sinkhorn_knopp, sinkhorn_potentials
-from stellar_fast.registry import OpSpec, Shape, by_argument
+from stellar_fast.registry import OpSpec, Shape
 from tests.conftest import mismatches
 from tests.harness import check_op, check_registered, each_backend, each_dtype, each_shape, poisoned_memory
 from tests.ranks import run_two_ranks
 
-POTENTIALS = dataclasses.replace(
-    SPEC, public="sinkhorn_potentials", reference=by_argument(reference.sinkhorn_potentials)
-)
 FUNCTIONS = pytest.mark.parametrize("spec", [SPEC, POTENTIALS], ids=["knopp", "potentials"])
 
 
