@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -36,6 +37,38 @@ template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T at[N];
 };
+
+template <typename T, int N>
+__device__ inline Pack<T, N> load_pack(const T *p) {
+  return *reinterpret_cast<const Pack<T, N> *>(p);
+}
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using Type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using Type = unsigned int;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+
+// One store: what a plain assignment copies unchanged from a load is stored element by element (nvcc 13.0).
+template <typename T, int N>
+__device__ inline void store_pack(T *p, const Pack<T, N> &pack) {
+  typename Word<sizeof(pack)>::Type word;
+  memcpy(&word, &pack, sizeof word);
+  __stwb(reinterpret_cast<decltype(word) *>(p), word);
+}
 
 inline void check_cuda(cudaError_t error, const char *what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));

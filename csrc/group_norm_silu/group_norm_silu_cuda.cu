@@ -59,16 +59,6 @@ __device__ inline Part part_of(const Sizes &s) {
   return part;
 }
 
-template <typename T, int N>
-__device__ inline Pack<T, N> load(const T *p) {
-  return *reinterpret_cast<const Pack<T, N> *>(p);
-}
-
-template <typename T, int N>
-__device__ inline void store(T *p, const Pack<T, N> &pack) {
-  *reinterpret_cast<Pack<T, N> *>(p) = pack;
-}
-
 // parts[image][chunk][channel] = mean, and sum of squared differences from it. A thread takes its sums less its first value: a mean much
 // larger than the deviation then costs no digits.
 template <typename T, int N, bool kAdds>
@@ -82,12 +72,12 @@ __global__ void __launch_bounds__(kThreads, 3) sums_kernel(Sizes s, const T *__r
 #pragma unroll 2
     for (ptrdiff_t row = part.first + threadIdx.y; row < part.last; row += blockDim.y, ++count) {
       const ptrdiff_t at = part.offset + row * s.channels;
-      Pack<T, N> values = load<T, N>(x + at);
+      Pack<T, N> values = load_pack<T, N>(x + at);
       if constexpr (kAdds) {
-        const Pack<T, N> added = load<T, N>(residual + at);
+        const Pack<T, N> added = load_pack<T, N>(residual + at);
 #pragma unroll
         for (int i = 0; i < N; ++i) values.at[i] = from_float<T>(to_float(values.at[i]) + to_float(added.at[i]));
-        store<T, N>(y + at, values);
+        store_pack(y + at, values);
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -181,13 +171,13 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(Sizes s, const T *__res
 #pragma unroll 4
   for (ptrdiff_t row = part.first + threadIdx.y; row < part.last; row += blockDim.y) {
     const ptrdiff_t at = part.offset + row * s.channels;
-    Pack<T, N> values = load<T, N>(x + at);
+    Pack<T, N> values = load_pack<T, N>(x + at);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float z = (to_float(values.at[i]) - factors.mean[i]) * factors.rstd[i] * factors.weight[i] + factors.bias[i];
       values.at[i] = from_float<T>(__fdividef(z, 1 + expf(-z)));  // 0 also where the exponential overflows
     }
-    store<T, N>(out + at, values);
+    store_pack(out + at, values);
   }
 }
 
@@ -212,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) grad_sums_kernel(Sizes s, const T *_
 #pragma unroll 2
     for (ptrdiff_t row = part.first + threadIdx.y; row < part.last; row += blockDim.y) {
       const ptrdiff_t at = part.offset + row * s.channels;
-      const Pack<T, N> values = load<T, N>(x + at), grads = load<T, N>(grad_out + at);
+      const Pack<T, N> values = load_pack<T, N>(x + at), grads = load_pack<T, N>(grad_out + at);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float2 pair = unit_and_grad<N>(factors, i, to_float(values.at[i]), to_float(grads.at[i]));
@@ -310,9 +300,9 @@ __global__ void __launch_bounds__(kThreads) grad_x_kernel(Sizes s, const T *__re
 #pragma unroll 2
   for (ptrdiff_t row = part.first + threadIdx.y; row < part.last; row += blockDim.y) {
     const ptrdiff_t at = part.offset + row * s.channels;
-    const Pack<T, N> values = load<T, N>(x + at), grads = load<T, N>(grad_out + at);
+    const Pack<T, N> values = load_pack<T, N>(x + at), grads = load_pack<T, N>(grad_out + at);
     Pack<T, N> through = {};
-    if (grad_y) through = load<T, N>(grad_y + at);
+    if (grad_y) through = load_pack<T, N>(grad_y + at);
     Pack<T, N> result;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -320,7 +310,7 @@ __global__ void __launch_bounds__(kThreads) grad_x_kernel(Sizes s, const T *__re
       const float own = (pair.y * factors.weight[i] - shift[i] - pair.x * slope[i]) * factors.rstd[i];
       result.at[i] = from_float<T>(grad_y ? own + to_float(through.at[i]) : own);
     }
-    store<T, N>(grad_x + at, result);
+    store_pack(grad_x + at, result);
   }
 }
 

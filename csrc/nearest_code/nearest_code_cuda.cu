@@ -37,7 +37,7 @@ template <bool kVector, typename T>
 __device__ inline void read_four(const T *vector, int k, int width, float (&out)[4]) {
   if constexpr (kVector) {  // the width is a multiple of 4
     Pack<T, 4> pack{};
-    if (vector != nullptr && k < width) pack = *reinterpret_cast<const Pack<T, 4> *>(vector + k);
+    if (vector != nullptr && k < width) pack = load_pack<T, 4>(vector + k);
 #pragma unroll
     for (int i = 0; i < 4; ++i) out[i] = to_float(pack.at[i]);
   } else {
@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kThreads) best_of_split_kernel(const T *z, int
       __syncthreads();
 #pragma unroll
       for (int k = 0; k < kDepth; ++k) {
-        const auto left = *reinterpret_cast<const Pack<float, 4> *>(&z_part[k][down * kThreadRows]);
-        const auto low = *reinterpret_cast<const Pack<float, 4> *>(&code_part[k][across * 4]);
-        const auto high = *reinterpret_cast<const Pack<float, 4> *>(&code_part[k][kCodes / 2 + across * 4]);
+        const auto left = load_pack<float, 4>(&z_part[k][down * kThreadRows]);
+        const auto low = load_pack<float, 4>(&code_part[k][across * 4]);
+        const auto high = load_pack<float, 4>(&code_part[k][kCodes / 2 + across * 4]);
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r)
 #pragma unroll

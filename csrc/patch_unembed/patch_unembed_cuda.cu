@@ -12,33 +12,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-template <int kBytes>
-struct Word;
-template <>
-struct Word<2> {
-  using Type = unsigned short;
-};
-template <>
-struct Word<4> {
-  using Type = unsigned int;
-};
-template <>
-struct Word<8> {
-  using Type = uint2;
-};
-template <>
-struct Word<16> {
-  using Type = uint4;
-};
-
-// One store: what a plain assignment copies unchanged from a load is stored element by element (nvcc 13.0).
-template <typename T, int N>
-__device__ inline void store_pack(T *p, const Pack<T, N> &pack) {
-  typename Word<sizeof(pack)>::Type word;
-  memcpy(&word, &pack, sizeof word);
-  __stwb(reinterpret_cast<decltype(word) *>(p), word);
-}
-
 // Where a block's band begins in the image, and its first patch among the patches.
 struct Band {
   int channel;
@@ -72,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) unpack_kernel(PatchGrid g, const T *
   const T *from = patches + band.patches;
   T *to = image + band.pixels;
   for_each_pack<N>(g, [&](int pixel, int64_t patch) {
-    Pixels pixels = *reinterpret_cast<const Pixels *>(from + patch);
+    Pixels pixels = load_pack<T, N>(from + patch);
 #pragma unroll
     for (T &x : pixels.at) x = from_float<T>(to_float(x) + add);
     store_pack(to + pixel, pixels);
@@ -101,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(PatchGrid g, const T *im
   T *to = patches + band.patches;
   float sum = 0;
   for_each_pack<N>(g, [&](int pixel, int64_t patch) {
-    const Pixels pixels = *reinterpret_cast<const Pixels *>(from + pixel);
+    const Pixels pixels = load_pack<T, N>(from + pixel);
 #pragma unroll
     for (const T &x : pixels.at) sum += to_float(x);
     store_pack(to + patch, pixels);

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) interleave_kernel(Upsampled s, Grid 
   for (int k = 0; k < mine; ++k) {
     const int pixel = chunk * g.chunk + k * walkers + walker, y = pixel / width, x = pixel - y * width;
     const long long cell = (long long)((y + 1) / 2) * (s.width + 1) + (x + 1) / 2;
-    const auto from = *reinterpret_cast<const Pack<T, N> *>(phases + (cell * 4 + (y & 1) * 2 + (x & 1)) * s.channels);
+    const auto from = load_pack<T, N>(phases + (cell * 4 + (y & 1) * 2 + (x & 1)) * s.channels);
     Pack<T, N> to;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) interleave_kernel(Upsampled s, Grid 
       first[i] += off;
       second[i] += off * off;
     }
-    *reinterpret_cast<Pack<T, N> *>(out + (long long)pixel * s.channels) = to;
+    store_pack(out + (long long)pixel * s.channels, to);
   }
   if (!kStats) return;
 
@@ -141,12 +141,12 @@ __global__ void __launch_bounds__(kThreads) split_kernel(Upsampled s, Grid g, co
     const int y = 2 * row - (place >> 1 & 1), x = 2 * (cell - row * (s.width + 1)) - (place & 1);
     Pack<T, N> value;
     if (y >= 0 && y < 2 * s.height && x >= 0 && x < 2 * s.width) {
-      value = *reinterpret_cast<const Pack<T, N> *>(grad_out + ((long long)y * 2 * s.width + x) * s.channels);
+      value = load_pack<T, N>(grad_out + ((long long)y * 2 * s.width + x) * s.channels);
     } else {
 #pragma unroll
       for (int i = 0; i < N; ++i) value.at[i] = from_float<T>(0.0f);
     }
-    *reinterpret_cast<Pack<T, N> *>(grad_phases + (long long)place * s.channels) = value;
+    store_pack(grad_phases + (long long)place * s.channels, value);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] += to_float(value.at[i]);
   }
