@@ -78,5 +78,9 @@ class Conv2d(nn.Conv2d):
     def _geometry(self) -> tuple[tuple, tuple, tuple, int]:
         return self.padding, self.stride, self.dilation, self.groups  # type: ignore[return-value]
 
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._packed = None  # FSDP fills its weights anew without a trace
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}

@@ -13,15 +13,17 @@ class GroupNormSiLU(nn.GroupNorm):
     def forward(  # type: ignore[override]
         self, x: Tensor, addend: Tensor | None = None, stats: Tensor | None = None, *, transient: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return (silu(norm(x + addend)), x + addend); `stats` are those of x where there is no addend.
+        """Return (silu(norm(x + addend)), x + addend); `stats` are those of x, and of use without an addend.
 
         A transient first result is memory that the thread's next one overwrites, on a CPU where no gradient is kept:
         fresh memory costs more there than the arithmetic.
         """
-        arguments = (x, self.num_groups, self.weight, self.bias, self.eps, stats)
-        keeps = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.weight))
+        arguments = (x, self.num_groups, self.weight, self.bias, self.eps)
+        tensors = (x, self.weight, self.bias) if addend is None else (x, addend, self.weight, self.bias)
+        keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         out = None
         if transient and x.device.type == "cpu" and x.numel() and not keeps and not torch.compiler.is_compiling():
             out = scratch(x.shape, x.dtype, "group_norm_silu", torch.channels_last)
-        result = group_norm_silu(*arguments, residual=addend, out=out)
-        return (result, x) if isinstance(result, Tensor) else result
+        if addend is None:
+            return group_norm_silu(*arguments, stats, out=out), x
+        return group_norm_silu(*arguments, residual=addend, out=out)

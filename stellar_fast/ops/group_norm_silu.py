@@ -140,6 +140,7 @@ def group_norm_silu(
     stats: Tensor | None = ...,
     *,
     residual: None = ...,
+    out: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def group_norm_silu(
@@ -151,6 +152,7 @@ def group_norm_silu(
     stats: Tensor | None = ...,
     *,
     residual: Tensor,
+    out: Tensor | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def group_norm_silu(
     x: Tensor,

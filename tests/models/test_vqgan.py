@@ -1,5 +1,7 @@
 """The VQGAN by itself; its numbers are held by the golden cases."""
 
+import sys
+
 import pytest
 import torch
 
@@ -71,3 +73,34 @@ def test_gradients_pass_through_the_frozen_decoder(vqgan):
     vqgan.decoder(z).sum().backward()
     assert z.grad.abs().sum() > 0
     assert all(p.grad is None for p in vqgan.parameters())
+
+
+def test_memory_that_is_reused_is_not_seen(vqgan):
+    """What chunks and transient memory give is what is computed where gradients are kept, and stays."""
+    codes = torch.arange(48).view(3, 4, 4) % 16
+    with torch.no_grad():
+        first = vqgan.decode(codes)
+        kept = first.clone()
+        vqgan.decode(codes.flip(0))
+    assert torch.equal(first, kept)
+    z = vqgan.quantize.embedding(codes).permute(0, 3, 1, 2).requires_grad_()
+    torch.testing.assert_close(first, vqgan.decoder(z).clamp(0, 1).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 2**12, 2**30])
+def test_any_number_of_images_at_a_time(vqgan, monkeypatch, limit):
+    images = torch.rand(5, 3, 32, 48)
+    codes, decoded = vqgan.encode(images), vqgan.decode(torch.zeros(5, 4, 3, dtype=torch.int64))
+    monkeypatch.setattr(sys.modules["stellar_fast.models.vqgan"], "CHUNK_BYTES", limit)
+    assert torch.equal(vqgan.encode(images), codes)
+    torch.testing.assert_close(vqgan.decode(torch.zeros(5, 4, 3, dtype=torch.int64)), decoded)
+    assert vqgan.encode(images[:0]).shape == (0, 8, 12)
+    assert vqgan.decode(torch.zeros(0, 4, 3, dtype=torch.int64)).shape == (0, 3, 16, 12)
+
+
+def test_autocast_stays_near_fp32(vqgan):
+    images = vqgan.decode(torch.arange(16).view(1, 4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = vqgan.decode(torch.arange(16).view(1, 4, 4))
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - images).abs().max() < 0.05

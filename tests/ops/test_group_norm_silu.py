@@ -208,3 +208,40 @@ def test_fp64_is_refused_by_name():
     assert group_norm_silu(**tensors).dtype == torch.float64
     with use_backend(group_norm_silu="cpu"), pytest.raises(ValueError, match=r"it does not compute in torch\.float64"):
         group_norm_silu(**tensors)
+
+
+@each_backend("group_norm_silu")
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_out_holds_the_result(backend, device, with_residual):
+    x, residual = (torch.randn(2, 6, 5, 4, device=device) for _ in range(2))
+    weight, bias = torch.randn(6, device=device), torch.randn(6, device=device)
+    options = {"residual": residual} if with_residual else {}
+    out = torch.full_like(x, float("nan"), memory_format=torch.channels_last)
+    with use_backend(group_norm_silu=backend):
+        want = group_norm_silu(x, 3, weight, bias, **options)
+        found = group_norm_silu(x, 3, weight, bias, **options, out=out)
+    if with_residual:
+        (found, y), (want, want_y) = found, want
+        torch.testing.assert_close(y, want_y)
+    assert found is out
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (torch.empty(2, 6, 5, 3), r"out must be torch.float32 of shape \(2, 6, 5, 4\) .* of shape \(2, 6, 5, 3\)"),
+        (torch.empty(2, 6, 5, 4), "channels-last memory but is .* strides"),
+        (
+            torch.empty(2, 5, 4, 6, dtype=torch.bfloat16).permute(0, 3, 1, 2),
+            "out must be torch.float32 .* torch.bfloat16",
+        ),
+    ],
+)
+def test_an_out_that_does_not_fit_is_named(out, message):
+    x = torch.randn(2, 6, 5, 4)
+    with pytest.raises(ValueError, match=message):
+        group_norm_silu(x, 3, torch.ones(6), torch.zeros(6), out=out)
+    fitting = torch.empty(2, 5, 4, 6).permute(0, 3, 1, 2)
+    with pytest.raises(ValueError, match="out is given but weight needs a gradient"):
+        group_norm_silu(x, 3, torch.ones(6, requires_grad=True), torch.zeros(6), out=fitting)

@@ -1,0 +1,91 @@
+"""The convolution that keeps frozen weights laid out: always the numbers of torch's own."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stellar_fast.nn.conv2d import Conv2d
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def frozen(inputs: int = 5, outputs: int = 7, kernel_size: int = 3, **options) -> Conv2d:
+    torch.manual_seed(0)
+    return Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, **options).requires_grad_(False)
+
+
+def image(*size: int) -> torch.Tensor:
+    return torch.rand(*size, generator=torch.Generator().manual_seed(1))
+
+
+def plain(conv: Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 9, 6), (1, 5, 1, 1), (0, 5, 4, 4)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"stride": 2}, {"kernel_size": 1}], ids=str)
+def test_the_same_as_torch(size, options):
+    conv, x = frozen(**options), image(*size)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=memory_format)
+        torch.testing.assert_close(conv(given), plain(conv, x))
+    assert (conv._packed is None) == (not x.numel())
+
+
+def test_autocast_computes_in_its_dtype():
+    conv, x = frozen(), image(2, 5, 9, 6)
+    with torch.autocast("cpu", BF16):
+        found, want = conv(x), plain(conv, x)
+    assert found.dtype == want.dtype == BF16
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(conv(x), plain(conv, x))  # and in fp32 after it
+
+
+def test_changed_weights_are_seen():
+    conv, x = frozen(), image(2, 5, 9, 6)
+    before = conv(x)
+    conv.weight.mul_(2)
+    torch.testing.assert_close(conv(x), plain(conv, x))
+    conv.bias.add_(1)
+    torch.testing.assert_close(conv(x), plain(conv, x))
+    conv.load_state_dict(frozen().state_dict())
+    assert torch.equal(conv(x), before)
+    with torch.inference_mode():
+        conv.weight = torch.nn.Parameter(conv.weight * 3, requires_grad=False)
+        torch.testing.assert_close(conv(x), plain(conv, x))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_the_sum_takes_the_streams_memory(dtype):
+    conv, x, stream = frozen(5, 5).to(dtype), image(2, 5, 9, 6).to(dtype), torch.ones(2, 5, 9, 6, dtype=dtype)
+    x, stream = (t.contiguous(memory_format=torch.channels_last) for t in (x, stream))
+    want = plain(conv, x) + stream
+    total, addend = conv.add(x, stream)
+    assert addend is None and total is stream
+    torch.testing.assert_close(total, want)
+
+
+@pytest.mark.parametrize("needs", ["x", "stream", "weight"])
+def test_gradients_are_torchs(needs):
+    """Where one is asked for, two terms come back, nothing is overwritten and nothing is kept."""
+    conv = frozen(5, 5)
+    tensors = {"x": image(2, 5, 9, 6), "stream": image(2, 5, 9, 6), "weight": conv.weight}
+    tensors[needs].requires_grad_()
+    before = tensors["stream"].clone()
+    total, addend = conv.add(tensors["x"], tensors["stream"])
+    assert addend is tensors["stream"] and torch.equal(addend.detach(), before)
+    (found,) = torch.autograd.grad((total + addend).square().sum(), tensors[needs])
+    (want,) = torch.autograd.grad((plain(conv, tensors["x"]) + tensors["stream"]).square().sum(), tensors[needs])
+    torch.testing.assert_close(found, want)
+
+
+def test_what_is_kept_is_not_part_of_the_module():
+    conv, x = frozen(), image(2, 5, 9, 6)
+    want = conv(x)
+    assert conv._packed is not None and conv.state_dict().keys() == {"weight", "bias"}
+    for again in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        assert again._packed is None
+        assert torch.equal(again(x), want)
