@@ -3,7 +3,8 @@
 # ninja, pybind11, scikit-build-core, numpy, pillow, pyyaml, safetensors, huggingface_hub, typer, rich, pytest, pytest-benchmark,
 # hypothesis. Installs nothing but this project.
 #
-#   benchmarks/on_gpu.sh [--out DIR] [STAGE...]      stages: build tests inspect attention lowrank ops objective models profile (default: all)
+#   benchmarks/on_gpu.sh [--out DIR] [STAGE...]      stages: build tests sanitizer inspect attention lowrank ops objective pixels
+#                                                      models profile (default: all)
 #
 # Each stage reports and a failing one does not stop the rest; the exit code is 1 when one failed. What a stage prints and measures is
 # left in DIR (default: on_gpu_out).
@@ -13,7 +14,7 @@ cd "$(dirname "$0")/.."
 OUT=on_gpu_out
 if [[ "${1:-}" == --out ]]; then OUT=$2; shift 2; fi
 mkdir -p "$OUT"
-ALL=(build tests inspect attention lowrank ops objective models profile)
+ALL=(build tests sanitizer inspect attention lowrank ops objective pixels models profile)
 STAGES=("${@:-${ALL[@]}}")
 PYTHON=${PYTHON:-python3}
 run=("$PYTHON" benchmarks/run.py --device cuda --out "$OUT")
@@ -22,6 +23,12 @@ stage_build() {
   "$PYTHON" -m pip install --no-deps --no-build-isolation -e . && "$PYTHON" -m stellar_fast.native && "$PYTHON" -m stellar_fast.cli info
 }
 stage_tests() { "$PYTHON" -m pytest -m cuda -q --durations=10; }
+stage_sanitizer() { # the CUDA C++ under memcheck
+  local tool
+  tool=$(command -v compute-sanitizer || echo "$(dirname "$(readlink -f "$(command -v nvcc)")")/compute-sanitizer")
+  timeout 180 "$tool" --error-exitcode 1 --print-limit 20 "$PYTHON" -m pytest -m cuda -q -x -k "cuda-cuda and not registration" \
+    tests/ops/test_{upsample_conv2x,group_norm_silu,patch_unembed,nearest_code}.py
+}
 stage_inspect() { "$PYTHON" -m stellar_fast.cli inspect; }
 stage_attention() { "${run[@]}" --suite ops --op token_attention --op-shape all --dtype bf16 --budget 40; }
 stage_lowrank() { "${run[@]}" --suite ops --op lowrank_product --op-shape all --dtype bf16,fp32 --budget 30; }
@@ -29,6 +36,9 @@ stage_ops() { "${run[@]}" --suite ops --dtype bf16 --budget 40; }
 stage_objective() {
   "${run[@]}" --suite objective --batch 128 --dtype bf16 --providers plain,plain_compiled,stellar_fast --budget 30 &&
     "${run[@]}" --suite memory --dtype bf16
+}
+stage_pixels() {
+  "${run[@]}" --suite codes,decode --batch 32 --dtype bf16 --providers plain,plain_compiled,stellar_fast --budget 40
 }
 stage_models() {
   local code=0
