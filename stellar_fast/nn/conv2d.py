@@ -51,12 +51,13 @@ class Conv2d(nn.Conv2d):
         """The weights for oneDNN, None where torch's convolution has to take the call."""
         dtype = autocast_dtype(x.device) or x.dtype
         weight, bias = self.weight, self.bias
+        if torch.compiler.is_compiling():
+            return None
         if (
             x.device.type != "cpu"
             or dtype not in (torch.float32, torch.bfloat16)
             or (torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight)))
             or weight.is_inference()  # nothing tells when it changes
-            or torch.compiler.is_compiling()
             or not torch.backends.mkldnn.is_available()
             or not torch.backends.mkldnn.enabled
             or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())

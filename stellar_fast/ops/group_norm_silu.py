@@ -172,8 +172,8 @@ def group_norm_silu(
         groups: of channels, a divisor of C.
         weight, bias: (C,) floating, of any dtype.
         eps: added to the variance.
-        stats: (B, groups, 2) fp32, mean and biased variance of each group of x, where the caller has them: one pass
-            over x is then enough. They are believed, and gradients reach x as if they had been computed here.
+        stats: (B, groups, 2) fp32 (or fp64 with x), mean and biased variance of x's groups, where they are known: one
+            pass over x is then enough. They are believed, and gradients reach x as if they had been computed here.
         residual: of x's shape. The sum is written once, in the dtype that ``x + residual`` has, and normalised as it
             was rounded.
         out: channels-last memory of x's shape and dtype for the result, where no gradient is kept.
@@ -209,7 +209,8 @@ def group_norm_silu(
             raise ValueError("stats are those of x, but with a residual it is x + residual that is normalised")
         tensors["residual"] = residual
     if stats is not None:
-        if stats.shape != (x.shape[0], groups, 2) or stats.dtype != torch.float32:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if stats.shape != (x.shape[0], groups, 2) or stats.dtype not in (torch.float32, wide):
             raise ValueError(
                 f"stats must be torch.float32 of shape {(x.shape[0], groups, 2)} but are {stats.dtype} of shape "
                 f"{tuple(stats.shape)}"
