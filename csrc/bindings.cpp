@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -11,6 +12,7 @@
 #include "build_info/build_info.h"
 #include "common/allocator.h"
 #include "common/check.h"
+#include "conv3x3/conv3x3.h"
 #include "crop_resize/crop_resize.h"
 #include "group_norm_silu/group_norm_silu.h"
 #include "koleo/koleo.h"
@@ -453,11 +455,26 @@ void upsample_conv2x_split_cuda_checked(int device, uintptr_t stream, const Upsa
 }
 #endif
 
+// (images, height, width, in_channels, channels) of Convolved
+void conv3x3_checked(const std::tuple<int, int, int, int, int> &sizes, uintptr_t x, uintptr_t weights, uintptr_t bias, uintptr_t residual,
+                     uintptr_t out, int groups, uintptr_t stats, int threads) {
+  const auto [images, height, width, in_channels, channels] = sizes;
+  check(images >= 0 && height >= 1 && width >= 1 && in_channels >= 1 && channels >= 1, "sizes must be positive but are ", images, ", ",
+        height, ", ", width, ", ", in_channels, ", ", channels);
+  check(std::max(1, images) * (height + 1.0) * (width + 1.0) <= 2147483647, "sizes are too large: ", images, ", ", height, ", ", width);
+  check(groups >= 0 && (groups == 0 || channels % groups == 0), "groups ", groups, " must divide channels ", channels);
+  const Convolved size{images, height, width, in_channels, channels};
+  const py::gil_scoped_release release;
+  conv3x3(size, address<const float>(x), address<const float>(weights), address<const float>(bias), address<const float>(residual),
+          address<float>(out), groups, address<float>(stats), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   module.def("raise_allocator_thresholds", &raise_allocator_thresholds);
+  module.def("conv3x3", &conv3x3_checked);
   module.def("crop_resize", &crop_resize_checked, py::arg("image"), py::arg("height"), py::arg("width"),
              py::arg("row_stride"), py::arg("boxes"), py::arg("flips"), py::arg("count"), py::arg("size"), py::arg("out"));
   module.def("group_norm_silu_forward", &group_norm_silu_forward_checked);

@@ -220,6 +220,17 @@ def patch_unembed_forward_cuda(
 def patch_unembed_backward_cuda(
     device: int, stream: int, sizes: _PatchGrid, image: int, patches: int, sums: int, dtype: int
 ) -> None: ...
+def conv3x3(
+    sizes: tuple[int, int, int, int, int],  # images, height, width, input channels, output channels
+    x: int,
+    weights: int,
+    bias: int,
+    residual: int,
+    out: int,
+    groups: int,
+    stats: int,
+    threads: int,
+) -> None: ...
 
 _Upsampled = tuple[int, int, int, int]  # images, height, width, channels
 

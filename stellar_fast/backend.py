@@ -39,6 +39,7 @@ DEVICES = {
 # The backends of each operator, fastest first.
 OPS: dict[str, tuple[str, ...]] = {
     "add_layer_norm": ("triton", "cpu", "torch", "reference"),
+    "conv3x3": ("cpu", "torch", "reference"),
     "crop_resize": ("cpu", "reference"),
     "group_norm_silu": ("cuda", "cpu", "torch", "reference"),
     "koleo": ("triton", "cpu", "reference"),

@@ -13,11 +13,3 @@ def upsample_conv2x(x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None =
         x, weight = at_least_fp32(x_BCHW), at_least_fp32(weight_OC33)
         bias = None if bias_O is None else at_least_fp32(bias_O)
         return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
-
-
-@torch.no_grad()
-def statistics(x_BCHW: Tensor, groups: int) -> Tensor:
-    """Return (B, groups, 2) fp32: mean and biased variance over the channels of a group and all pixels."""
-    x = at_least_fp32(x_BCHW.detach())
-    variance, mean = torch.var_mean(x.unflatten(1, (groups, -1)).flatten(2), dim=2, correction=0)
-    return torch.stack((mean, variance), dim=2)

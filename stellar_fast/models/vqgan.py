@@ -54,11 +54,12 @@ class ResBlock(nn.Module):
 
     def forward(self, features: Features) -> Features:
         h, x = self.norm1(*features, transient=True)
-        h, _ = self.norm2(self.conv1(h), transient=True)
+        h, stats = self.conv1.with_stats(h, NORM_GROUPS)
+        h, _ = self.norm2(h, None, stats, transient=True)
         if hasattr(self, "nin_shortcut"):
             h = self.conv2(h)
             return Features(h, self.nin_shortcut(h))
-        return Features(*self.conv2.add(h, x))
+        return Features(*self.conv2.add(h, x, NORM_GROUPS))
 
 
 class Level(nn.Module):

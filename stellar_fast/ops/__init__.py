@@ -1,6 +1,7 @@
 """The one door of each operator: arguments are checked here, then the chosen backend computes."""
 
 from stellar_fast.ops.add_layer_norm import add_layer_norm
+from stellar_fast.ops.conv3x3 import conv3x3
 from stellar_fast.ops.crop_resize import crop_resize
 from stellar_fast.ops.group_norm_silu import group_norm_silu
 from stellar_fast.ops.koleo import koleo
@@ -18,6 +19,7 @@ from stellar_fast.ops.upsample_conv2x import upsample_conv2x
 __all__ = [
     "SinkhornTargets",
     "add_layer_norm",
+    "conv3x3",
     "crop_resize",
     "group_norm_silu",
     "koleo",

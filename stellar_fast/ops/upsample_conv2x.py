@@ -1,16 +1,15 @@
 """upsample_conv2x: nearest x2 and a 3x3 convolution. B images, C input, O output channels, H x W input pixels."""
 
 import functools
-from collections.abc import Callable
 from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.statistics import statistics
 from stellar_fast.kernels.upsample_conv2x import reference
 from stellar_fast.kernels.upsample_conv2x.phases import (
     fold_phases,
@@ -19,6 +18,7 @@ from stellar_fast.kernels.upsample_conv2x.phases import (
     product_weights,
 )
 from stellar_fast.ops.checks import autocast_dtype, check_floating, check_shapes, in_forward_mode
+from stellar_fast.ops.from_weight import from_weight
 
 DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),  # in the order of csrc/common/launch.h
@@ -29,8 +29,6 @@ DTYPES = {
 PHASES_BYTES = 24 * 2**20
 _OPERATOR = "upsample_conv2x"
 _channels_last = torch.channels_last
-# weight -> {what is made of it: (what it was made from, the result)}
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 # Returns (out, stats), stats of shape (B, 0, 2) where groups is 0.
@@ -45,7 +43,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, name: 
     bias_address = 0 if bias is None else bias.data_ptr()
     if name == "cpu" and (x.dtype == torch.float32 or _multiplies_bf16()):
         half = x.dtype == torch.bfloat16
-        weights = _from_weight(paired_product_weights if half else product_weights, weight, x.dtype)
+        weights = from_weight(paired_product_weights if half else product_weights, weight, x.dtype)
         native.module().upsample_conv2x_products(
             _sizes(out),
             x.data_ptr(),
@@ -59,7 +57,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, name: 
             torch.get_num_threads(),
         )
         return outputs
-    taps = _from_weight(phase_weights, weight, x.dtype)
+    taps = from_weight(phase_weights, weight, x.dtype)
     if name == "cuda":
         phases = _dense(F.conv2d(x, taps, padding=1))
         scratch = x.new_empty((len(x), _chunks(out), out.shape[1], 2) if groups else 0, dtype=torch.float32)
@@ -134,7 +132,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], name: 
         of_x, of_taps, _ = torch.ops.aten.convolution_backward(
             phases,
             x,
-            _from_weight(phase_weights, weight, x.dtype),
+            from_weight(phase_weights, weight, x.dtype),
             None,
             [1, 1],
             [1, 1],
@@ -177,25 +175,6 @@ def _differentiate(ctx, grad: Tensor | None, _):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _from_weight(make: Callable[[Tensor], Tensor], weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """make(weight), summed in fp32 and then rounded to `dtype`; kept until the weight changes or is gone.
-
-    A write through `weight.data` is no change that torch counts. Nothing is kept of a weight made under
-    torch.inference_mode, for which it counts none, nor within a CUDA graph, whose replay follows the weight.
-    """
-    cuda = weight.device.type == "cuda"
-    kept = not weight.is_inference() and not (cuda and torch.cuda.is_current_stream_capturing())
-    state = (weight._version, weight.data_ptr()) if kept else ()
-    # another stream might read what this one has yet to write
-    key = make, dtype, torch.cuda.current_stream(weight.device).cuda_stream if cuda else 0
-    if kept and key in (entries := _made.get(weight, {})) and entries[key][0] == state:
-        return entries[key][1]
-    made = make(weight.detach().float()).to(dtype)
-    if kept:
-        _made.setdefault(weight, {})[key] = state, made
-    return made
 
 
 @functools.cache
@@ -314,7 +293,7 @@ def upsample_conv2x(
         out = _sliced(x.to(dtype), weight, bias)
     else:
         out = reference.upsample_conv2x(x, weight, bias).to(dtype).contiguous(memory_format=_channels_last)
-    return out if stats_groups is None else (out, reference.statistics(out, stats_groups))
+    return out if stats_groups is None else (out, statistics(out, stats_groups))
 
 
 def _unfit(dtypes: set[torch.dtype]) -> tuple[tuple[str, str], ...]:

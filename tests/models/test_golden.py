@@ -14,7 +14,7 @@ from stellar_fast import StellarModel, VQGANConfig, backend
 from tests.conftest import CASES, DEVICES, GOLDEN, GoldenCase, mismatches, read_golden
 from tests.harness import INLINE
 
-PIXEL_HEAD, CODE_HEAD = {"patch_unembed"}, {"group_norm_silu", "nearest_code"}
+PIXEL_HEAD, CODE_HEAD = {"patch_unembed"}, {"conv3x3", "group_norm_silu", "nearest_code"}
 NOT_IN_A_STEP = {"crop_resize", "upsample_conv2x"}  # of the data, and of codes that become images
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from stellar_fast import backend
 from stellar_fast.backend import use_backend
-from stellar_fast.kernels.upsample_conv2x import phases, reference
+from stellar_fast.kernels.common.statistics import statistics
+from stellar_fast.kernels.upsample_conv2x import phases
 from stellar_fast.kernels.upsample_conv2x.spec import SPEC
 from stellar_fast.ops import upsample_conv2x
-from stellar_fast.ops.upsample_conv2x import _from_weight, _made
+from stellar_fast.ops.from_weight import _made, from_weight
 from tests.harness import check_op, check_registered, each_backend, each_dtype, each_shape
 
 OURS = ("cuda", "cpu")
@@ -79,7 +80,7 @@ def test_statistics_are_those_of_the_stored_values(backend, device, dtype, group
     with use_backend(upsample_conv2x=backend):
         out, stats = upsample_conv2x(**arguments, stats_groups=groups)
     assert stats.shape == (2, groups, 2) and stats.dtype == torch.float32 and not stats.requires_grad
-    want = reference.statistics(out.double(), groups)
+    want = statistics(out.double(), groups)
     torch.testing.assert_close(stats.double(), want, rtol=2e-6, atol=2e-6)
 
 
@@ -89,7 +90,7 @@ def test_a_mean_far_above_the_deviation_keeps_the_variance(backend, device):
     arguments["bias"] = 1000 + 0 * arguments["bias"]
     with use_backend(upsample_conv2x=backend):
         out, stats = upsample_conv2x(**arguments, stats_groups=2)
-    want = reference.statistics(out.double(), 2)
+    want = statistics(out.double(), 2)
     torch.testing.assert_close(stats.double(), want, rtol=1e-5, atol=0)
     assert 0.1 < want[..., 1].max() < 10
 
@@ -173,12 +174,12 @@ def test_a_weight_is_prepared_once_and_forgotten_with_it():
         counted.append(weight.shape)
         return phases.phase_weights(weight)
 
-    first = _from_weight(make, weight, torch.float32)
-    assert _from_weight(make, weight, torch.float32) is first and len(counted) == 1
-    _from_weight(make, weight, torch.bfloat16)
+    first = from_weight(make, weight, torch.float32)
+    assert from_weight(make, weight, torch.float32) is first and len(counted) == 1
+    from_weight(make, weight, torch.bfloat16)
     assert len(counted) == 2
     weight += 1
-    assert _from_weight(make, weight, torch.float32) is not first and len(counted) == 3
+    assert from_weight(make, weight, torch.float32) is not first and len(counted) == 3
     with use_backend(upsample_conv2x="cpu"):
         upsample_conv2x(**arguments)
         entries = len(_made[weight])
@@ -259,7 +260,7 @@ def test_statistics_of_bf16_phases(groups, without_bf16_products, monkeypatch):
     for most in (door.PHASES_BYTES, 1):
         monkeypatch.setattr(door, "PHASES_BYTES", most)
         out, stats = upsample_conv2x(**arguments, stats_groups=groups)
-        torch.testing.assert_close(stats.double(), reference.statistics(out.double(), groups), rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(stats.double(), statistics(out.double(), groups), rtol=2e-6, atol=2e-6)
         found.append(out)
     torch.testing.assert_close(*found)
 
