@@ -118,8 +118,8 @@ STELLAR_FAST_INLINE void make_maps(const Convolution &p, const Run &r, const Scr
 
 // At m A + bias + residual of the n channels from c on, for the pixels of a tile that are in the image. from: of the products, to: of out.
 template <int W>
-STELLAR_FAST_INLINE void write_tile_at(const Convolution &p, const Scratch &scratch, const float *from, int c, int n, ptrdiff_t to, int rows,
-                                       int columns, bool summed, bool is_first) {
+STELLAR_FAST_INLINE void write_tile_at(const Convolution &p, const Scratch &scratch, const float *from, int c, int n, ptrdiff_t to,
+                                       int rows, int columns, bool summed, bool is_first) {
   const size_t size = product_size(p);
   const ptrdiff_t row_stride = ptrdiff_t(p.size.width) * p.size.channels;
   f32v<W> sums[2][4];
