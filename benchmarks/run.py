@@ -6,6 +6,7 @@
     python benchmarks/run.py --suite ops --op lowrank_product,token_attention --op-shape all
     python benchmarks/run.py --suite scaling --dtype fp32       how this package's cost grows, with exponents
     python benchmarks/run.py --suite memory --dtype fp32        peak of the prototype loss at 128 images
+    python benchmarks/run.py --suite codes,decode               the frozen VQGAN
     python benchmarks/run.py --suite objective --providers plain,plain_compiled,stellar_fast
     python benchmarks/run.py --device cuda --dtype bf16 --batch 32
 
@@ -42,8 +43,8 @@ MODEL_SUITES: dict[str, tuple[Callable[..., Case], int, float]] = {  # images, a
     "codes": (vqgan.build_codes_case, vqgan.BATCH, 0.3),
     "decode": (vqgan.build_decode_case, vqgan.BATCH, 0.3),
 }
-DEFAULT_SUITES = (*MODEL_SUITES, "ops")
-SUITES = (*DEFAULT_SUITES, "scaling", "memory")
+DEFAULT_SUITES = ("objective", "encode", "step", "ops")
+SUITES = (*MODEL_SUITES, "ops", "scaling", "memory")
 PROVIDERS = ("plain", "plain_compiled", "stellar_fast")
 SCALING_ROUNDS = 3
 OPS_SHARE = 0.15  # of the budget, where the models run too
