@@ -1,6 +1,7 @@
 """Argument checks and layouts shared by the doors, and what torch is doing around the call."""
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -54,6 +55,35 @@ def check_positive(**named: float) -> None:
     for name, value in named.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive but is {value}")
+
+
+def check_out(
+    out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, inputs: Mapping[str, Tensor], may_be: str = ""
+) -> None:
+    """Raise ValueError unless `out` can take a channels-last result of which no gradient is kept.
+
+    It may be the input named `may_be`, and overlap none in any other way.
+    """
+    check_devices(**inputs, out=out)
+    if out.shape != shape or out.dtype != dtype or not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"out must be {dtype} of shape {tuple(shape)} in channels-last memory but is {out.dtype} of shape "
+            f"{tuple(out.shape)} and strides {out.stride()}"
+        )
+    for name, tensor in inputs.items():
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(f"out is given but {name} needs a gradient")
+        same = name == may_be and tensor.data_ptr() == out.data_ptr() and tensor.stride() == out.stride()
+        if not same and _overlap(tensor, out):
+            raise ValueError(f"out overlaps {name} in memory")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    def end(t: Tensor) -> int:
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr() + (last + 1) * t.element_size()
+
+    return bool(a.numel() and b.numel()) and a.data_ptr() < end(b) and b.data_ptr() < end(a)
 
 
 def with_dense_rows(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from stellar_fast import backend, native
 from stellar_fast.kernels.common.statistics import statistics
 from stellar_fast.kernels.conv3x3 import reference
 from stellar_fast.kernels.conv3x3.winograd import winograd_weights
-from stellar_fast.ops.checks import autocast_dtype, check_devices, check_floating, check_shapes, in_forward_mode
+from stellar_fast.ops.checks import autocast_dtype, check_floating, check_out, check_shapes, in_forward_mode
 from stellar_fast.ops.from_weight import from_weight
 
 # Where the kernel gains on 2 cores of a Zen 5, over oneDNN with weights laid out once: the share
@@ -207,7 +207,7 @@ def conv3x3(
         name = "torch"
     if out is not None:
         wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-        _check_out(out, (sizes["B"], sizes["O"], *x.shape[2:]), wide, named)
+        check_out(out, (sizes["B"], sizes["O"], *x.shape[2:]), wide, named, may_be="residual")
     if name == "cpu":
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         arguments = x, weight, bias, residual, stats_groups or 0, name
@@ -238,29 +238,6 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     pixels = len(x) * H * W
     enough = pixels >= MIN_PIXELS and pixels * C * O >= MIN_PRODUCTS
     return enough and min(C, O) >= MIN_CHANNELS and min(H, W) >= MIN_SIDE
-
-
-def _check_out(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, inputs: dict[str, Tensor]) -> None:
-    check_devices(x=inputs["x"], out=out)
-    if out.shape != shape or out.dtype != dtype or not out.is_contiguous(memory_format=_channels_last):
-        raise ValueError(
-            f"out must be {dtype} of shape {shape} in channels-last memory but is {out.dtype} of shape "
-            f"{tuple(out.shape)} and strides {out.stride()}"
-        )
-    for name, tensor in inputs.items():
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"out is given but {name} needs a gradient")
-        same = name == "residual" and tensor.data_ptr() == out.data_ptr() and tensor.stride() == out.stride()
-        if not same and _overlap(tensor, out):
-            raise ValueError(f"out overlaps {name} in memory")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    def end(t: Tensor) -> int:
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        return t.data_ptr() + (last + 1) * t.element_size()
-
-    return bool(a.numel() and b.numel()) and a.data_ptr() < end(b) and b.data_ptr() < end(a)
 
 
 def _unfit(dtypes: set[torch.dtype]) -> tuple[tuple[str, str], ...]:

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.group_norm_silu import reference
-from stellar_fast.ops.checks import check_devices, check_floating, check_positive, check_shapes, in_forward_mode
+from stellar_fast.ops.checks import (
+    check_devices,
+    check_floating,
+    check_out,
+    check_positive,
+    check_shapes,
+    in_forward_mode,
+)
 
 DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),  # in the order of csrc/common/launch.h
@@ -188,8 +195,8 @@ def group_norm_silu(
 
     Raises:
         ValueError: groups that do not divide C, shapes or devices that differ, integer tensors, an eps that is not
-            positive, stats that are not fp32 or come with a residual, an `out` that does not fit or whose inputs need
-            a gradient.
+            positive, stats that are not fp32 or come with a residual, an `out` that does not fit, overlaps an input
+            or whose inputs need a gradient.
 
     Source: "Group Normalization" (arXiv 1803.08494); SiLU: "Gaussian Error Linear Units" (arXiv 1606.08415).
     """
@@ -220,48 +227,34 @@ def group_norm_silu(
     check_floating(**tensors)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if out is not None:
-        _check_out(out, x.shape, dtype, tensors)
+        check_out(out, x.shape, dtype, tensors)
     name = backend.pick(_OPERATOR, x.device.type, _unfit(dtype, weight.dtype, bias.dtype))
-    if out is not None and name not in DTYPES:
-        with backend.use_backend(group_norm_silu=name):
-            result = group_norm_silu(x, groups, weight, bias, eps, stats, residual=residual)
-        found = result if isinstance(result, Tensor) else result[0]
-        return out.copy_(found) if isinstance(result, Tensor) else (out.copy_(found), result[1])
+    if name in DTYPES:
+        x = _channels_last(x.to(dtype))
+        residual = None if residual is None else _channels_last(residual.to(dtype))
+        arguments = x, residual, groups, weight, bias, eps, None if stats is None else stats.detach(), name
+        if out is None:
+            out, y, _ = _forward(*arguments)
+        else:
+            y, found = _empty_beside(out, residual, groups, stats)
+            _compute(*arguments, out, y, found)
+            if not out.is_inference():
+                torch.autograd.graph.increment_version(out)
+        return out if residual is None else (out, y)
     if name == "reference":
         result = reference.group_norm_silu(x, groups, weight, bias, eps, stats, residual)
-        if isinstance(result, Tensor):
-            return _channels_last(result.to(dtype))
-        out, y = (_channels_last(image.to(dtype)) for image in result)
-        return out, y
-    x = _channels_last(x.to(dtype))
-    residual = None if residual is None else _channels_last(residual.to(dtype))
-    if name == "torch":
-        return _torch(x, groups, weight, bias, eps, residual)
-    arguments = x, residual, groups, weight, bias, eps, None if stats is None else stats.detach(), name
-    if out is None:
-        out, y, _ = _forward(*arguments)
     else:
-        y, found = _empty_beside(out, residual, groups, stats)
-        _compute(*arguments, out, y, found)
-    return out if residual is None else (out, y)
-
-
-def _check_out(out: Tensor, shape: torch.Size, dtype: torch.dtype, inputs: dict[str, Tensor]) -> None:
-    check_devices(x=inputs["x"], out=out)
-    if out.shape != shape or out.dtype != dtype or not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"out must be {dtype} of shape {tuple(shape)} in channels-last memory but is {out.dtype} of shape "
-            f"{tuple(out.shape)} and strides {out.stride()}"
-        )
-    for name, tensor in inputs.items():
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"out is given but {name} needs a gradient")
+        result = _torch(x.to(dtype), groups, weight, bias, eps, None if residual is None else residual.to(dtype))
+    image, *sums = (result,) if isinstance(result, Tensor) else result
+    image = _channels_last(image.to(dtype)) if out is None else out.copy_(image)
+    return (image, _channels_last(sums[0].to(dtype))) if sums else image
 
 
 def _torch(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    y = x if residual is None else x + residual
+    x = _channels_last(x)
+    y = x if residual is None else x + _channels_last(residual)
     frozen = torch.is_grad_enabled() and not y.requires_grad and (weight.requires_grad or bias.requires_grad)
     # torch 2.13's backward crashes where a channels-last tensor on a CPU needs no gradient but its weight does
     given = y.contiguous() if frozen and y.device.type == "cpu" else y
@@ -269,7 +262,6 @@ def _torch(
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(torch.promote_types(y.dtype, weight.dtype), bias.dtype)
         out = F.silu(torch.group_norm(given.to(wide), groups, weight.to(wide), bias.to(wide), eps))
-    out = _channels_last(out.to(y.dtype))
     return out if residual is None else (out, y)
 
 

@@ -245,3 +245,9 @@ def test_an_out_that_does_not_fit_is_named(out, message):
     fitting = torch.empty(2, 5, 4, 6).permute(0, 3, 1, 2)
     with pytest.raises(ValueError, match="out is given but weight needs a gradient"):
         group_norm_silu(x, 3, torch.ones(6, requires_grad=True), torch.zeros(6), out=fitting)
+
+
+def test_an_out_over_an_input_is_named():
+    x = torch.randn(2, 5, 4, 6).permute(0, 3, 1, 2)
+    with pytest.raises(ValueError, match="out overlaps x in memory"):
+        group_norm_silu(x, 3, torch.ones(6), torch.zeros(6), out=x)
