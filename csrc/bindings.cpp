@@ -456,8 +456,8 @@ void upsample_conv2x_split_cuda_checked(int device, uintptr_t stream, const Upsa
 #endif
 
 // (images, height, width, in_channels, channels) of Convolved
-void conv3x3_checked(const std::tuple<int, int, int, int, int> &sizes, uintptr_t x, uintptr_t weights, uintptr_t bias, uintptr_t residual,
-                     uintptr_t out, int groups, uintptr_t stats, int threads) {
+void conv3x3_checked(const std::tuple<int, int, int, int, int> &sizes, uintptr_t x, uintptr_t weight, uintptr_t panels,
+                     uintptr_t bias, uintptr_t residual, uintptr_t out, int groups, uintptr_t stats, int threads) {
   const auto [images, height, width, in_channels, channels] = sizes;
   check(images >= 0 && height >= 1 && width >= 1 && in_channels >= 1 && channels >= 1, "sizes must be positive but are ", images, ", ",
         height, ", ", width, ", ", in_channels, ", ", channels);
@@ -465,7 +465,7 @@ void conv3x3_checked(const std::tuple<int, int, int, int, int> &sizes, uintptr_t
   check(groups >= 0 && (groups == 0 || channels % groups == 0), "groups ", groups, " must divide channels ", channels);
   const Convolved size{images, height, width, in_channels, channels};
   const py::gil_scoped_release release;
-  conv3x3(size, address<const float>(x), address<const float>(weights), address<const float>(bias), address<const float>(residual),
+  conv3x3(size, address<const float>(x), address<const float>(weight), address<float>(panels), address<const float>(bias), address<const float>(residual),
           address<float>(out), groups, address<float>(stats), threads);
 }
 

@@ -223,7 +223,8 @@ def patch_unembed_backward_cuda(
 def conv3x3(
     sizes: tuple[int, int, int, int, int],  # images, height, width, input channels, output channels
     x: int,
-    weights: int,
+    weight: int,
+    panels: int,
     bias: int,
     residual: int,
     out: int,

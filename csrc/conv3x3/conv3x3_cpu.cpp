@@ -4,7 +4,7 @@
 //        | 0 -1  1  0 |       | 1/2 -1/2  1/2 |
 //        | 0  1  0 -1 |       |  0    0    1  |
 // the tile is At [(G w Gt) * (Bt d B)] A: 16 products for each pair of channels, where the plain formula has 36. Each is a product of
-// matrices over a run of tiles. A task is such a run: what it writes and sums is its own, and sums are combined in the order of the tasks.
+// matrices over a run of tiles. G w Gt is made in each call: kept, it would be 1.8 times the weights, and it costs 2% of a call (docs/log.md). A task is such a run: what it writes and sums is its own, and sums are combined in the order of the tasks.
 #include "conv3x3/conv3x3.h"
 
 #include <algorithm>
@@ -30,20 +30,64 @@ constexpr int kOffset = 16;    // between maps whose size may be a power of two:
 
 struct Convolution {
   Convolved size;
-  const float *x, *weights, *bias, *residual;
+  const float *x, *panels, *bias, *residual;
   float *out;
   int across, tiles, runs, run;  // tiles in a row and in an image; runs of an image, and tiles in one
 };
 
 // Equal runs of at most kTiles, and of fewer where images are small, for several tasks; whatever the number of threads, because sums
 // depend on them.
-Convolution convolution(const Convolved &size, const float *x, const float *weights, const float *bias, const float *residual, float *out) {
+Convolution convolution(const Convolved &size, const float *x, const float *panels, const float *bias, const float *residual, float *out) {
   const int across = (size.width + 1) / 2, tiles = (size.height + 1) / 2 * across;
   const int most = std::max(kFewTiles, int(std::min(ptrdiff_t(size.images) * tiles / 4, ptrdiff_t(kTiles))));
   const int some = (tiles + most - 1) / most;
   const int run = ((tiles + some - 1) / some + kRows - 1) / kRows * kRows;
-  return {size, x, weights, bias, residual, out, across, tiles, (tiles + run - 1) / run, run};
+  return {size, x, panels, bias, residual, out, across, tiles, (tiles + run - 1) / run, run};
 }
+
+// G w Gt of W output channels: taps[3 i + j] to the rows of a panel, of which one product's are `size` floats from those of the next.
+template <int W>
+STELLAR_FAST_INLINE void transform_taps(const float (*taps)[kConvColumns], float *to, ptrdiff_t size) {
+  f32v<W> rows[3][4];
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    const f32v<W> first = load<W>(taps[3 * i]), middle = load<W>(taps[3 * i + 1]), last = load<W>(taps[3 * i + 2]), outer = first + last;
+    rows[i][0] = first;
+    rows[i][1] = (outer + middle) * 0.5f;
+    rows[i][2] = (outer - middle) * 0.5f;
+    rows[i][3] = last;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const f32v<W> outer = rows[0][j] + rows[2][j];
+    store<W>(to + j * size, rows[0][j]);
+    store<W>(to + (4 + j) * size, (outer + rows[1][j]) * 0.5f);
+    store<W>(to + (8 + j) * size, (outer - rows[1][j]) * 0.5f);
+    store<W>(to + (12 + j) * size, rows[2][j]);
+  }
+}
+
+// Of a panel what comes of kConvColumns output channels, from `channel` on; zeros where there are fewer.
+template <int W>
+STELLAR_FAST_INLINE void make_columns_body(const Convolved &s, const float *weight, float *panels, int channel) {
+  constexpr int kBlock = 16;  // input channels: a line of the cache
+  const int C = s.in_channels, panel = channel / kConvPanel * kConvPanel, valid = std::min(kConvColumns, s.channels - channel);
+  const int width = std::min(kConvPanel, (s.channels - panel + kConvColumns - 1) / kConvColumns * kConvColumns);
+  float *to = panels + ptrdiff_t(kProducts) * C * panel + (channel - panel);
+  alignas(64) float taps[kBlock][9][kConvColumns] = {};
+  for (int c = 0; c < C; c += kBlock) {
+    const int n = std::min(kBlock, C - c);
+    for (int o = 0; o < valid; ++o)
+      for (int tap = 0; tap < 9; ++tap) {
+        const float *from = weight + (ptrdiff_t(channel + o) * 9 + tap) * C + c;
+        for (int k = 0; k < n; ++k) taps[k][tap][o] = from[k];
+      }
+    for (int k = 0; k < n; ++k)
+      for (int o = 0; o < kConvColumns; o += W)
+        transform_taps<W>((const float(*)[kConvColumns])(taps[k][0] + o), to + ptrdiff_t(c + k) * width + o, ptrdiff_t(C) * width);
+  }
+}
+STELLAR_FAST_BY_LEVEL(make_columns, (const Convolved &s, const float *weight, float *panels, int channel), (s, weight, panels, channel))
 
 size_t map_size(const Convolution &p) { return pad(size_t(p.run) * p.size.in_channels) + kOffset; }
 size_t product_size(const Convolution &p) { return size_t(p.run) * kConvPanel + kOffset; }
@@ -167,15 +211,15 @@ template <int W>
 STELLAR_FAST_INLINE void convolve_run_body(const Convolution &p, const Run &r, const Scratch &scratch, bool summed) {
   const int C = p.size.in_channels;
   make_maps<W>(p, r, scratch);
-  const float *weights = p.weights;
+  const float *panel = p.panels;
   for (int channel = 0; channel < p.size.channels; channel += kConvPanel) {
     const int width = std::min(kConvPanel, (p.size.channels - channel + kConvColumns - 1) / kConvColumns * kConvColumns);
     for (int i = 0; i < kProducts; ++i)
       for (int c = 0; c < C; c += kDepth) {
         const int depth = std::min(kDepth, C - c);
-        gemm<W>(scratch.maps + i * map_size(p) + c, C, 1, weights, width, scratch.products + i * product_size(p), width, r.count, width,
+        gemm<W>(scratch.maps + i * map_size(p) + c, C, 1, panel, width, scratch.products + i * product_size(p), width, r.count, width,
                 depth, c > 0);
-        weights += ptrdiff_t(depth) * width;
+        panel += ptrdiff_t(depth) * width;
       }
     write_panel<W>(p, r, scratch, channel, width, summed);
   }
@@ -192,12 +236,15 @@ double pixels_of(const Convolution &p, const Run &r) {
 
 }  // namespace
 
-void conv3x3(const Convolved &size, const float *x, const float *weights, const float *bias, const float *residual, float *out, int groups,
-             float *stats, int threads) {
-  const Convolution call = convolution(size, x, weights, bias, residual, out);
+void conv3x3(const Convolved &size, const float *x, const float *weight, float *panels, const float *bias, const float *residual,
+             float *out, int groups, float *stats, int threads) {
+  const Convolution call = convolution(size, x, panels, bias, residual, out);
   const int tasks = size.images * call.runs, workers = std::max(1, std::min(threads, tasks));
   if (out != residual) expect_first_write(out, size_t(size.images) * size.height * size.width * size.channels * sizeof(float));
   std::vector<Moments> moments(size_t(tasks) * groups);
+  const int parts = (size.channels + kConvColumns - 1) / kConvColumns;
+#pragma omp parallel for num_threads(std::max(1, std::min(threads, parts))) schedule(static)
+  for (int part = 0; part < parts; ++part) make_columns(size, weight, panels, part * kConvColumns);
 #pragma omp parallel num_threads(workers)
   {
     const AlignedFloats memory(scratch_size(call));

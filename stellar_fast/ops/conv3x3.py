@@ -9,14 +9,14 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.common.statistics import statistics
 from stellar_fast.kernels.conv3x3 import reference
-from stellar_fast.kernels.conv3x3.winograd import winograd_weights
 from stellar_fast.ops.checks import autocast_dtype, check_floating, check_out, check_shapes, in_forward_mode
-from stellar_fast.ops.from_weight import from_weight
+from stellar_fast.ops.scratch import scratch
 
 # Where the kernel gains on 2 cores of a Zen 5, over oneDNN with weights laid out once: the share
 # of the transforms is that of 1 / channels (16: 0.9x, 32: 1.2x at 64x64 pixels), the transformed weights are read for
 # a few pixels as for many (512 channels at 8x8: 0.6x, at 16x16: 1.4x), and a side of 1 or 2 wastes half of a tile.
 MIN_CHANNELS, MIN_PRODUCTS, MIN_PIXELS, MIN_SIDE = 32, 1 << 21, 256, 8
+COLUMNS = 16  # kConvColumns of csrc/conv3x3
 _OPERATOR = "conv3x3"
 _channels_last = torch.channels_last
 
@@ -47,12 +47,15 @@ def _compute(
     x = x.contiguous(memory_format=_channels_last)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous(memory_format=_channels_last)
-    weights = from_weight(winograd_weights, weight, x.dtype)
+    weight = weight.contiguous(memory_format=_channels_last)
     B, C, H, W = x.shape
+    O = out.shape[1]  # noqa: E741
+    panels = scratch((16 * C * (O + -O % COLUMNS),), x.dtype, "weights of conv3x3")
     native.module().conv3x3(
-        (B, H, W, C, out.shape[1]),
+        (B, H, W, C, O),
         x.data_ptr(),
-        weights.data_ptr(),
+        weight.data_ptr(),
+        panels.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         0 if residual is None else residual.data_ptr(),
         out.data_ptr(),
@@ -165,8 +168,8 @@ def conv3x3(
 
     Args:
         x: (B, C, H, W) floating; copied unless it is channels_last in memory.
-        weight: (O, C, 3, 3) of the same dtype (any floating dtype under autocast, which rules). What is made of it is
-            kept until it changes: change it in place or exchange it, but not through its `.data`.
+        weight: (O, C, 3, 3) of the same dtype (any floating dtype under autocast, which rules). Copied
+            unless it is channels_last in memory.
         bias: (O,).
         residual: (B, O, H, W) floating; the sum has the dtype that torch's has.
         stats_groups: of channels, for the GroupNorm that reads the result; divides O.
@@ -230,10 +233,7 @@ def conv3x3(
 
 
 def pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether fewer products are worth their transforms, on a CPU in fp32; not where each call makes the weight's."""
-    changes = torch.is_grad_enabled() and weight.requires_grad
-    if changes or (not torch.compiler.is_compiling() and weight.is_inference()):  # which keeps nothing
-        return False
+    """Whether fewer products are worth their transforms, on a CPU in fp32."""
     (O, C), (H, W) = weight.shape[:2], x.shape[2:]  # noqa: E741
     pixels = len(x) * H * W
     enough = pixels >= MIN_PIXELS and pixels * C * O >= MIN_PRODUCTS
