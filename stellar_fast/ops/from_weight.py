@@ -13,11 +13,13 @@ _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def from_weight(make: Callable[[Tensor], Tensor], weight: Tensor, dtype: torch.dtype) -> Tensor:
     """make(weight), summed in fp32 and then rounded to `dtype`; kept until the weight changes or is gone.
 
-    A write through `weight.data` is no change that torch counts. Nothing is kept of a weight made under
-    torch.inference_mode, for which it counts none, nor within a CUDA graph, whose replay follows the weight.
+    A write through `weight.data` is no change that torch counts. Nothing is kept of a weight that learns, which FSDP
+    fills anew without a trace, of one made under torch.inference_mode, for which torch counts no changes, nor within a
+    CUDA graph, whose replay follows the weight.
     """
     cuda = weight.device.type == "cuda"
-    kept = not weight.is_inference() and not (cuda and torch.cuda.is_current_stream_capturing())
+    kept = not weight.requires_grad and not weight.is_inference()
+    kept = kept and not (cuda and torch.cuda.is_current_stream_capturing())
     state = (weight._version, weight.data_ptr()) if kept else ()
     # another stream might read what this one has yet to write
     key = make, dtype, torch.cuda.current_stream(weight.device).cuda_stream if cuda else 0
@@ -27,3 +29,8 @@ def from_weight(make: Callable[[Tensor], Tensor], weight: Tensor, dtype: torch.d
     if kept:
         _made.setdefault(weight, {})[key] = state, made
     return made
+
+
+def forget() -> None:
+    """Keep nothing of any weight: for who loads weights by a way that is no change to torch."""
+    _made.clear()

@@ -14,6 +14,7 @@ from stellar_fast.backend import use_backend
 from stellar_fast.kernels.common.statistics import statistics
 from stellar_fast.kernels.upsample_conv2x import phases
 from stellar_fast.kernels.upsample_conv2x.spec import SPEC
+from stellar_fast.nn.upsample_conv2x import UpsampleConv2x
 from stellar_fast.ops import upsample_conv2x
 from stellar_fast.ops.from_weight import _made, from_weight
 from tests.harness import check_op, check_registered, each_backend, each_dtype, each_shape
@@ -191,6 +192,32 @@ def test_a_weight_is_prepared_once_and_forgotten_with_it():
     arguments.clear()
     gc.collect()
     assert gone() is None and len(_made) == size - 1
+
+
+@use_backend(upsample_conv2x="cpu")
+def test_a_weight_that_learns_is_read_every_time():
+    """Even where it is filled without a trace, as FSDP does."""
+    arguments = inputs()
+    weight = arguments["weight"].requires_grad_()
+    for _ in range(2):
+        torch.testing.assert_close(upsample_conv2x(**arguments), plain(**arguments))
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+            weight += 1
+        torch.testing.assert_close(upsample_conv2x(**arguments), plain(**arguments))
+
+
+def test_loading_forgets_what_was_made():
+    conv = UpsampleConv2x(6, 8).requires_grad_(False)
+    x = torch.randn(1, 6, 4, 4)
+    with use_backend(upsample_conv2x="cpu"):
+        before = conv(x)
+        loaded = {name: value + 1 for name, value in conv.state_dict().items()}
+        conv.load_state_dict(loaded)
+        with torch.autograd._unsafe_preserve_version_counter(conv.weight):
+            conv.weight += 1
+        conv.load_state_dict(conv.state_dict())
+        torch.testing.assert_close(conv(x), plain(x, conv.weight, conv.bias))
+    assert not torch.equal(before, conv(x))
 
 
 def test_an_inference_weight_is_read_every_time():
