@@ -128,16 +128,17 @@ class Bench:
                 with force(problem, start):
                     once = self._sample(passes, 1)
                     repeats = max(1, min(MOST_REPEATS, math.ceil(SAMPLE_MS / max(once, 1e-3))))
-                samples: dict[Any, list[float]] = {start: [], knobs: []}
+                samples = Samples([], [])
+                turns = (start, samples.heuristic_ms), (knobs, samples.ms)
                 for i in range(rounds):
-                    for chosen in (start, knobs) if i % 2 == 0 else (knobs, start):
+                    for chosen, times in turns if i % 2 == 0 else reversed(turns):
                         with force(problem, chosen):
-                            samples[chosen].append(self._sample(passes, repeats))
+                            times.append(self._sample(passes, repeats))
         except RejectedError:
             raise
         except Exception as error:  # whatever a launch raises
             raise RejectedError(f"crashed: {type(error).__name__}: {error}") from error
-        return Samples(samples[start], samples[knobs])
+        return samples
 
     def _passes(self, problem: Problem, config: Json) -> list[str]:
         start = asdict(problem.heuristic())

@@ -72,7 +72,9 @@ def preset_shapes(preset: str, batch: int) -> Shapes:
     }
     found["linear"] += head + pixels
     for op in ("conv3x3", "group_norm_silu", "upsample_conv2x"):
-        found[op] = [dict(shape) for name, shape in load(op).shapes.items() if name.startswith("vqgan")]
+        shapes = (dict(shape) for name, shape in load(op).shapes.items() if name.startswith("vqgan"))
+        # one of those that differ in what comes along, such as statistics
+        found[op] = list({tuple(shape.get(letter) for letter in "BCHWO"): shape for shape in shapes}.values())
     return dict(sorted(found.items()))
 
 

@@ -100,24 +100,26 @@ def tune(
         except ValueError as reason:
             report(Progress(request, place, problem=str(reason)))
             continue
-        entries = [_entry(request, case, earlier) for case in cases]
+        entries = [_entry(request, case, known) for case in cases]
         save(entries)  # all, so that none is forgotten where this is interrupted
         for index, (case, entry) in enumerate(zip(cases, entries, strict=True)):
             share = (end - clock()) / (len(requests) - place) / (len(cases) - index)
             search = _Search(launcher, index, case, entry, clock, clock() + share)
             for _ in search.screen():
                 save([search.entry])
-                report(Progress(request, place, search.entry, len(case.candidates) - 1))
-            results.append(search.decide())
-            save(results[-1:])
-            report(Progress(request, place, results[-1], len(case.candidates) - 1))
+                report(Progress(request, place, search.entry, len(search.others)))
+            found = entry if entry.done else search.decide()
+            save([found])
+            known.append(found)
+            results.append(found)
+            report(Progress(request, place, found, len(search.others)))
     return results
 
 
-def _entry(request: Request, case: Case, earlier: Sequence[Entry]) -> Entry:
-    """The earlier one of the same shape and dtype, or an empty one."""
+def _entry(request: Request, case: Case, known: Sequence[Entry]) -> Entry:
+    """The one that is known of this shape, or an empty one. Another request may have led to the same knobs."""
     new = Entry(request.op, case.dtype, case.shape, request=request.text, **request.state)
-    return next((entry for entry in earlier if entry.key == new.key), new)
+    return next((entry for entry in reversed(known) if (entry.key, entry.source) == (new.key, new.source)), new)
 
 
 class _Search:
@@ -132,7 +134,7 @@ class _Search:
 
     def screen(self) -> Iterator[None]:
         """Measure what is not known yet, as long as there is time; yields after each."""
-        left = [config for config in self.others if not self._is_known(config)]
+        left = [] if self.entry.done else [config for config in self.others if not self._is_known(config)]
         random.Random(0).shuffle(left)  # neighbours are alike: where time runs out, some of all kinds are known
         begin = self.clock()
         for config in left:

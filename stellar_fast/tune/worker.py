@@ -9,7 +9,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,8 +25,8 @@ class EndedError(Exception):
 class Worker:
     """A `Bench` in a child process."""
 
-    def __init__(self, slowest_s: float = SLOWEST_S) -> None:
-        self._slowest_s = slowest_s
+    def __init__(self, slowest_s: float = SLOWEST_S, command: Sequence[str] = (sys.executable, "-m", __name__)) -> None:
+        self._slowest_s, self._command = slowest_s, command
         self._child: subprocess.Popen[str] | None = None
         self._opened: list[Any] = []
 
@@ -64,11 +64,12 @@ class Worker:
 
     def _ask(self, request: list[Any]) -> Json:
         if self._child is None:
-            # Ctrl-C is the parent's; what is not measured is not looked up
+            # Ctrl-C is the parent's, knobs that are not forced are the heuristic's
             self._child = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+                self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=None if os.environ.get("STELLAR_FAST_TRACEBACK") == "1" else subprocess.DEVNULL,
                 text=True,
                 start_new_session=True,
                 env={**os.environ, "STELLAR_FAST_TUNE": "off"},
