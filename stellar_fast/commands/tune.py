@@ -26,8 +26,7 @@ BATCH = {"cpu": 2, "cuda": 128}
 
 def tune(
     words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[OP]... | list | show [OP]... | clear [OP]...", help="Operators; none: all."),
+        list[str] | None, typer.Argument(metavar="[OP]...", help="Operators; none: all. Or list, show or clear.")
     ] = None,
     preset: Annotated[str, typer.Option(help="Tune what a training step of it needs.")] = "b16",
     batch: Annotated[int | None, typer.Option(help="Images of that step (128, on a CPU 2).")] = None,
@@ -40,11 +39,12 @@ def tune(
 ) -> None:
     """Find the fastest launch knobs of this machine: tiles and warps on a GPU, products, blocks and threads on a CPU.
 
-    Operators take what was found from then on. Every candidate is verified before it is timed. Ctrl-C keeps what was
-    measured, and the same command goes on from there.
+    Operators take what was found from then on. Every candidate is verified before it is timed.
 
-    [cyan]tune list[/] names the files that hold results, [cyan]tune show[/] prints those of this device, and
-    [cyan]tune clear[/] forgets them.
+    Ctrl-C keeps what was measured, and the same command goes on from there.
+
+    [cyan]tune list[/] names the files that hold results, [cyan]tune show[/] prints those of a device,
+    [cyan]tune clear[/] forgets the user's.
 
     Example: [cyan]stellar-fast tune linear sinkhorn --preset b16 --dtype fp32 --budget 60[/]
     """
@@ -124,13 +124,14 @@ def _table(entries: Sequence[Entry], device: torch.device) -> Table:
 
     table = Table(title=f"Launch knobs of {lookup.device_name(device)}", title_justify="left")
     table.add_column("operator", no_wrap=True)
-    for name in ("request", "heuristic ms", "best ms", "ratio", "knobs", "tried"):
-        table.add_column(name, justify="right" if name.endswith(("ms", "ratio")) else "left", overflow="fold")
+    for name in ("request", "heuristic ms", "best ms", "ratio", "next", "knobs", "tried"):
+        table.add_column(name, justify="right" if name.endswith(("ms", "ratio", "next")) else "left", overflow="fold")
     for entry in sorted(entries, key=lambda entry: (entry.op, entry.request)):
         rejected = f", {len(entry.rejected)} rejected" if entry.rejected else ""
         going_on = "" if entry.done else ", more to come"
         stale = "" if lookup.is_current(entry, device) else " [yellow](of another version: not used)[/]"
-        times = f"{entry.heuristic_ms:.3f}", f"{entry.best_ms:.3f}", f"{entry.ratio:.2f}"
+        next_ratio = f"{entry.next_ratio:.2f}" if entry.next_ratio else ""
+        times = f"{entry.heuristic_ms:.3f}", f"{entry.best_ms:.3f}", f"{entry.ratio:.2f}", next_ratio
         knobs = escape(_short(entry.knobs)) if entry.knobs else "heuristic's"
         table.add_row(entry.op, entry.request, *times, knobs + stale, f"{entry.tried}{rejected}{going_on}")
     return table

@@ -31,6 +31,7 @@ class Entry:
         ratio: the heuristic's time over the best one's, forward and backward.
         heuristic_ms: time of a call with the heuristic's knobs.
         best_ms: time of a call with the best knobs.
+        next_ratio: that of the best candidate which was not taken, after its first rounds and where its knobs matter.
         tried: candidates that were measured.
         rejected: candidates that were wrong or crashed, with the reason.
         measured: until it is done, each candidate's ratio.
@@ -48,6 +49,7 @@ class Entry:
     ratio: float = 1.0
     heuristic_ms: float = 0.0
     best_ms: float = 0.0
+    next_ratio: float = 0.0
     tried: int = 0
     rejected: dict[str, str] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)

@@ -20,7 +20,7 @@ SLOWER = 1.4  # a candidate that takes this many times the heuristic's time is d
 SCREEN_ROUNDS, FINAL_ROUNDS = 3, 15
 FINALISTS = 2  # of those that change the same knobs
 PROMISING = 0.97  # ratio after the first rounds, of candidates that may be finalists
-GAIN = 1.02  # that knobs other than the heuristic's have to bring
+GAIN = 1.03  # that knobs other than the heuristic's have to bring: less is in reach of chance
 SCREEN_SHARE = 0.6  # of the time for one set of knobs; the finals have the rest
 
 
@@ -160,7 +160,7 @@ class _Search:
                 joined |= {name: config[name] for name in names}
         for config in [self.start | joined, *winners[:1]] if winners else []:
             samples = self._measure(config, self._rounds(2), whole=True)
-            if samples and _ratio(samples) > 1:
+            if samples and _low_ratio(samples) > 1:
                 knobs = {name: config[name] for name in sorted(changed(self.start, config))}
                 found = replace(_timed(self.entry, samples), knobs=knobs, ratio=round(_ratio(samples), 4))
                 break
@@ -168,6 +168,9 @@ class _Search:
             samples = self._measure(self.start, SCREEN_ROUNDS, whole=True)
             times = samples.heuristic_ms + samples.ms if samples else [0.0]
             found = replace(_timed(self.entry, Samples(times, times)), knobs={}, ratio=1.0)
+        taken = self.start | found.knobs
+        left = (c for c in self.others if any(c[name] != taken[name] for name in changed(self.start, c)))
+        found = replace(found, next_ratio=max((found.measured.get(_text(c), 0.0) for c in left), default=0.0))
         return replace(found, measured={}, done=True) if complete else found
 
     def _winners(self) -> list[Json]:

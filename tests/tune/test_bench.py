@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 
+from stellar_fast.backend import OPS
 from stellar_fast.registry import load
+from stellar_fast.tune import bench as module
 from stellar_fast.tune import plan
-from stellar_fast.tune.bench import Bench, RejectedError
+from stellar_fast.tune.bench import Bench, RejectedError, changed
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -99,3 +101,17 @@ def test_shapes_of_a_preset_are_those_of_its_training_step():
     }
     with pytest.raises(ValueError, match="no shape is called 'b17'; koleo have b16, b16_masked, h16, small"):
         plan.named_shapes(["koleo"], ["b17"])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("op", [op for op, written in OPS.items() if "triton" in written])
+def test_knobs_of_triton_kernels(monkeypatch, op):
+    """As on a GPU: what the door asks for in each pass, candidates by their JSON, one of each kind measured."""
+    monkeypatch.setattr(module, "tuned_backend", lambda op, device: "triton")
+    bench = Bench(op, load(op).shapes["small"], FP32, CPU)
+    for index, case in enumerate(bench.cases):
+        start, *others = case.candidates
+        kinds = {changed(start, config): config for config in others}
+        assert kinds and all(set(kind) <= set(start) for kind in kinds)
+        for config in kinds.values():
+            assert len(bench.measure(index, config, 1).ms) == 1

@@ -72,6 +72,7 @@ def test_the_fastest_is_found_in_spite_of_outliers():
     machine = Machine({"forward=1": 40, "forward=2": 9, "forward=8": 6, "forward=16": 8})
     (entry,) = machine.tune()
     assert entry.knobs == {"forward": 8} and entry.done and entry.tried == 4 and not entry.rejected
+    assert entry.next_ratio == pytest.approx(20 / 18, abs=1e-4), "16, in its first rounds"
     assert entry.ratio == pytest.approx(20 / 16) and (entry.heuristic_ms, entry.best_ms) == (20, 16)
     assert machine.saved == {entry.key: entry}
     assert [rounds for config, rounds in machine.calls if config["forward"] == 1] == [1], "clearly slower: one look"
