@@ -473,6 +473,7 @@ void conv3x3_checked(const std::tuple<int, int, int, int, int> &sizes, uintptr_t
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
+  module.def("source_hashes", &source_hashes);
   module.def("raise_allocator_thresholds", &raise_allocator_thresholds);
   module.def("conv3x3", &conv3x3_checked);
   module.def("crop_resize", &crop_resize_checked, py::arg("image"), py::arg("height"), py::arg("width"),

@@ -17,6 +17,7 @@ from stellar_fast.commands.images import encode, reconstruct, visualize
 from stellar_fast.commands.info import info
 from stellar_fast.commands.inspect import inspect
 from stellar_fast.commands.train import train, train_decoder
+from stellar_fast.commands.tune import tune
 from stellar_fast.models.weights import WeightsMismatchError
 
 app = typer.Typer(
@@ -58,7 +59,7 @@ def register(function: Callable[..., None]) -> None:
     app.command()(run)
 
 
-for _function in (info, train, train_decoder, encode, reconstruct, visualize, demo, inspect):
+for _function in (info, train, train_decoder, encode, reconstruct, visualize, demo, inspect, tune):
     register(_function)
 
 if __name__ == "__main__":  # what torchrun starts

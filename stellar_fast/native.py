@@ -51,6 +51,14 @@ def build_info() -> dict[str, str | int]:
     return native.build_info() if native else {}
 
 
+@functools.cache
+def source_hash(op: str) -> str:
+    """Of the sources that an operator's C++ was built from; empty where it has none here."""
+    native = _load()[0]
+    hashes = native.source_hashes().split() if native else []
+    return dict(pair.split("=") for pair in hashes).get(op, "")
+
+
 def openmp_libraries() -> list[str]:
     """Files of the OpenMP runtimes in this process; more than one can oversubscribe the cores. Empty off Linux."""
     try:

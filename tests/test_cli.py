@@ -22,7 +22,7 @@ from stellar_fast.data import eval_transform, load_image
 from stellar_fast.fidelity import error_map, fidelity
 from stellar_fast.visualize import psnr, to_pixels
 
-COMMANDS = ("info", "train", "train-decoder", "encode", "reconstruct", "visualize", "demo", "inspect")
+COMMANDS = ("info", "train", "train-decoder", "encode", "reconstruct", "visualize", "demo", "inspect", "tune")
 SMALL = [
     *("--encoder", "image_size=32", "--encoder", "hidden_size=48", "--encoder", "num_hidden_layers=2"),
     *("--encoder", "intermediate_size=96", "--model", "num_masks=2", "--model", "num_local_crops=2"),

@@ -13,6 +13,9 @@ struct CpuInfo {
 };
 CpuInfo cpu_info();
 
+// "op=hash " of each op's sources, as they were built.
+const char *source_hashes();
+
 #ifdef STELLAR_FAST_CUDA
 struct CudaInfo {
   int runtime_version;        // 13000 for 13.0; linked statically

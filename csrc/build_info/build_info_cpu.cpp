@@ -31,4 +31,6 @@ CpuInfo cpu_info() {
   return info;
 }
 
+const char *source_hashes() { return STELLAR_FAST_SOURCE_HASHES; }
+
 }  // namespace stellar_fast

@@ -1,7 +1,8 @@
 """Which call computes each of linear's three products on a CPU, by measured rates.
 
-GFLOP/s on 2 cores of an AMD EPYC (Zen 5, AVX-512), torch 2.13, allocator raised, `python -m benchmarks.ops.linear`; the
-clock of that machine drifts by a tenth between runs, so compare within a column.
+T rows, I input width, O output width. GFLOP/s on 2 cores of an AMD EPYC (Zen 5, AVX-512), torch 2.13, allocator raised;
+the clock of that machine drifts by a tenth between runs, so compare within a column. On another machine
+`stellar-fast tune linear` measures the same calls.
 
                                     2,170 rows, fp32        2,170 rows, bf16      8,680 rows, fp32
     in -> out                     768-3072   3072-768     768-3072   3072-768         768-3072
@@ -21,7 +22,8 @@ thresholds below say. With glibc's default allocator 8,680 rows cost page faults
 one call gives 319.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,32 +42,59 @@ class Product:
     way: str
     slice_rows: int = 0
 
-    @property
-    def name(self) -> str:
-        return self.way + (f"/{self.slice_rows}" if self.slice_rows else "")
+
+@dataclass(frozen=True)
+class Config:
+    """x W^T, dy W and dy^T x."""
+
+    forward: Product
+    grad_input: Product
+    grad_weight: Product
 
 
-def heuristic(direction: str, dtype: torch.dtype, rows: int, in_width: int, out_width: int) -> Product:
+def heuristic(shape: Mapping[str, int], dtype: torch.dtype, device: torch.device | str) -> Config:
     """The fastest of `candidates` at the sizes of a ViT; see the head of this file."""
-    if direction != "grad_weight":
-        wide = out_width > in_width and in_width * out_width >= 3 << 19  # a weight that outweighs its copy, over
-        pays = direction == "grad_input" and dtype == torch.float32 and wide and rows >= 768  # enough rows
-        return Product("transposed" if pays else "pointwise")
+    return Config(Product("pointwise"), _grad_input(shape, dtype), _grad_weight(shape, dtype))
+
+
+def _grad_input(shape: Mapping[str, int], dtype: torch.dtype) -> Product:
+    T, I, O = (shape[letter] for letter in "TIO")  # noqa: E741
+    wide = O > I and I * O >= 3 << 19  # a weight that outweighs its copy, over
+    pays = dtype == torch.float32 and wide and T >= 768  # enough rows
+    return Product("transposed" if pays else "pointwise")
+
+
+def _grad_weight(shape: Mapping[str, int], dtype: torch.dtype) -> Product:
+    T, I, O = (shape[letter] for letter in "TIO")  # noqa: E741
     if dtype != torch.float32:
-        return Product("half_transposed" if in_width > out_width else "matmul")
-    if in_width > out_width and rows < 1024:
+        return Product("half_transposed" if I > O else "matmul")
+    if I > O and T < 1024:
         return Product("pointwise")
     return Product("transposed", 2560)  # copies of more rows fall out of the caches
 
 
-def candidates(direction: str, dtype: torch.dtype) -> list[Product]:
-    """Everything that oneDNN can take for a product; torch's own product is its in bf16 alone."""
+def candidates(shape: Mapping[str, int], dtype: torch.dtype) -> Iterator[Config]:
+    """The heuristic's, then others of one product alone: their times do not interact."""
+    start = heuristic(shape, dtype, "cpu")
+    found = [start]
+    for name in ("forward", "grad_input", "grad_weight"):
+        found += [replace(start, **{name: product}) for product in products(name, dtype)]
+    yield from dict.fromkeys(found)
+
+
+def products(name: str, dtype: torch.dtype) -> list[Product]:
+    """Everything that oneDNN can take for one of the three; torch's own product is its in bf16 alone."""
     half = dtype != torch.float32
-    if direction == "forward":
-        ways = [Product("pointwise")]
-    elif direction == "grad_input":
-        ways = [Product("pointwise"), Product("transposed")]
+    if name == "forward":
+        found = [Product("pointwise")]
+    elif name == "grad_input":
+        found = [Product("pointwise"), Product("transposed")]
     else:
-        ways = [Product("pointwise"), Product("pointwise", 1024), Product("transposed"), Product("transposed", 2560)]
-        ways += [Product("half_transposed")] if half else [Product("inner_product"), Product("inner_product", 2560)]
-    return [*ways, Product("matmul")] if half else ways
+        found = [Product("pointwise"), Product("pointwise", 1024), Product("transposed"), Product("transposed", 2560)]
+        found += [Product("half_transposed")] if half else [Product("inner_product"), Product("inner_product", 2560)]
+    return [*found, Product("matmul")] if half else found
+
+
+def is_valid(config: Config, shape: Mapping[str, int], dtype: torch.dtype) -> bool:
+    """Whether each product can be computed so."""
+    return all(getattr(config, name) in products(name, dtype) for name in ("forward", "grad_input", "grad_weight"))

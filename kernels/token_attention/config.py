@@ -7,7 +7,7 @@ Registers here are those of ahead-of-time compiles (triton 3.6 and 3.9 for sm_80
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -133,7 +133,11 @@ def is_valid(config: Config, shape: Shape, dtype: torch.dtype) -> bool:
 
 
 def runs(
-    groups: Sequence[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, device: torch.device | str
+    groups: Sequence[tuple[int, int, int]],
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    choose: Callable[[Shape, torch.dtype, torch.device | str], Config] = heuristic,
 ) -> list[Run]:
     """Split a mixed batch into launches: runs of neighbouring groups that take the same tiles.
 
@@ -145,9 +149,10 @@ def runs(
         shape: with "d", the width of a head.
         dtype: of the inputs.
         device: as for `heuristic`.
+        choose: the knobs of one launch.
     """
     configs = {
-        (Lq, Lk): heuristic({**shape, "Lq": Lq, "Lk": Lk}, dtype, device) for Lq, Lk in {group[1:] for group in groups}
+        (Lq, Lk): choose({**shape, "Lq": Lq, "Lk": Lk}, dtype, device) for Lq, Lk in {group[1:] for group in groups}
     }
     found: list[Run] = []
     start = 0
@@ -163,4 +168,4 @@ def runs(
     if len(found) <= MOST_RUNS:
         return found
     Lq, Lk = max(run.longest_q for run in found), max(run.longest_k for run in found)
-    return [Run(0, start, Lq, Lk, heuristic({**shape, "Lq": Lq, "Lk": Lk}, dtype, device))]
+    return [Run(0, start, Lq, Lk, choose({**shape, "Lq": Lq, "Lk": Lk}, dtype, device))]

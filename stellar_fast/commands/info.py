@@ -58,10 +58,33 @@ def info() -> None:
         reason = backend.why_not(name)
         machine.add_row(name, "[red]no[/]" if reason else "[green]yes[/]", escape(reason))
     console.print(machine)
+    console.print(_launch_knobs())
     table, notes = _operators(backend.describe())
     console.print(table)
     for number, reason in enumerate(notes, start=1):
         console.print(f"  ({number}) {escape(reason)}", soft_wrap=True, highlight=False)
+
+
+def _launch_knobs() -> Table:
+    """Where operators take theirs from on each device."""
+    import torch
+
+    from stellar_fast import backend
+    from stellar_fast.tune import lookup
+
+    table = Table("device", "tuned here", "committed", "else", title="Launch knobs, entries in use of those kept")
+    table.title_justify = "left"
+    mode = os.environ.get(lookup.VARIABLE) or "cache"
+    for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
+        name = lookup.device_name(device)
+        committed = [entry for op in backend.OPS for entry in lookup.committed_store(op, name).read().values()]
+        counts = [
+            f"{sum(lookup.is_current(entry, device) for entry in entries)} of {len(entries)}"
+            for entries in (lookup.user_store(name).read().values(), committed)
+        ]
+        serves = f"heuristic, for all: {lookup.VARIABLE}={mode}" if mode == "off" else "nearest shape, heuristic"
+        table.add_row(escape(name), *counts, serves)
+    return table
 
 
 def _operators(rows: Sequence[Row]) -> tuple[Table, list[str]]:

@@ -7,6 +7,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.add_layer_norm import reference
 from stellar_fast.ops.checks import check_devices, check_floating, check_positive, in_forward_mode, with_dense_rows
+from stellar_fast.tune.lookup import knobs, threads
 
 # Below this many elements the dispatch of a registered operator costs more than one pass over memory saves: it is
 # some 90 us forward and backward, as much as torch's own bf16 operators take for 10^5 elements on 2 cores of a Zen 5.
@@ -28,8 +29,8 @@ def _forward(
     if name == "triton":
         from stellar_fast.kernels.add_layer_norm import config, kernel
 
-        knobs = config.heuristic(_sizes(x), dtype, x.device)
-        return kernel.launch_add_layer_norm_fwd(x, residual, weight, bias, eps, dtype, knobs)
+        chosen = knobs(_OPERATOR, config, _sizes(x), dtype, x.device)
+        return kernel.launch_add_layer_norm_fwd(x, residual, weight, bias, eps, dtype, chosen)
     total, normed, mean, rstd = outputs = _empty_outputs(x, residual, dtype)
     weight, bias = _floats(weight), _floats(bias)
     native.module().add_layer_norm_forward(
@@ -43,7 +44,7 @@ def _forward(
         _rows(normed),
         mean.data_ptr(),
         rstd.data_ptr(),
-        torch.get_num_threads(),
+        threads(_OPERATOR, _sizes(x), dtype).forward,
     )
     return outputs
 
@@ -72,9 +73,9 @@ def _backward(
     if name == "triton":
         from stellar_fast.kernels.add_layer_norm import config, kernel
 
-        knobs = config.heuristic(_sizes(total), grad_normed.dtype, total.device)
+        chosen = knobs(_OPERATOR, config, _sizes(total), grad_normed.dtype, total.device)
         grad, grad_x, grad_weight, grad_bias = kernel.launch_add_layer_norm_bwd(
-            grad_normed, grad_total, total, weight, mean, rstd, x_dtype, knobs
+            grad_normed, grad_total, total, weight, mean, rstd, x_dtype, chosen
         )
         return grad, grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
     dtype, weight = weight.dtype, _floats(weight)
@@ -91,7 +92,7 @@ def _backward(
         grad_x.data_ptr() if grad_x.numel() else 0,
         grad_weight.data_ptr(),
         grad_bias.data_ptr(),
-        torch.get_num_threads(),
+        threads(_OPERATOR, _sizes(total), grad_normed.dtype).backward,
     )
     return grad, grad_x, grad_weight.to(dtype), grad_bias.to(dtype)
 

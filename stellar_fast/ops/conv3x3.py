@@ -11,6 +11,7 @@ from stellar_fast.kernels.common.statistics import statistics
 from stellar_fast.kernels.conv3x3 import reference
 from stellar_fast.ops.checks import autocast_dtype, check_floating, check_out, check_shapes, in_forward_mode
 from stellar_fast.ops.scratch import scratch
+from stellar_fast.tune.lookup import threads
 
 # Where the kernel gains on 2 cores of a Zen 5, over oneDNN with weights laid out once: the share
 # of the transforms is that of 1 / channels (16: 0.9x, 32: 1.2x at 64x64 pixels), the transformed weights are read for
@@ -61,7 +62,7 @@ def _compute(
         out.data_ptr(),
         groups,
         stats.data_ptr(),
-        torch.get_num_threads(),
+        threads(_OPERATOR, dict(zip("BCHWO", (*x.shape, out.shape[1]), strict=True)), x.dtype).forward,
     )
 
 

@@ -16,6 +16,7 @@ from stellar_fast.ops.checks import (
     check_shapes,
     in_forward_mode,
 )
+from stellar_fast.tune.lookup import threads
 
 DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),  # in the order of csrc/common/launch.h
@@ -68,7 +69,9 @@ def _compute(
         )
     else:
         bf16 = x.dtype == torch.bfloat16
-        native.module().group_norm_silu_forward(norm, x.data_ptr(), *addresses, bf16, torch.get_num_threads())
+        native.module().group_norm_silu_forward(
+            norm, x.data_ptr(), *addresses, bf16, threads(_OPERATOR, _sizes(x), x.dtype).forward
+        )
 
 
 @_forward.register_fake
@@ -101,7 +104,9 @@ def _backward(
         native.module().group_norm_silu_backward_cuda(*launch, norm, *addresses, dtype, workspace.data_ptr())
     else:
         bf16 = y.dtype == torch.bfloat16
-        native.module().group_norm_silu_backward(norm, *addresses, bf16, torch.get_num_threads())
+        native.module().group_norm_silu_backward(
+            norm, *addresses, bf16, threads(_OPERATOR, _sizes(y), y.dtype).backward
+        )
     return grads
 
 
@@ -293,6 +298,10 @@ def _norm(
 ) -> tuple[int, int, int, int, int, int, float]:
     B, C, H, W = x.shape
     return B, H * W, C, groups, weight.data_ptr(), bias.data_ptr(), eps
+
+
+def _sizes(x: Tensor) -> dict[str, int]:
+    return dict(zip("BCHW", x.shape, strict=True))
 
 
 def _launch(x: Tensor, norm: tuple[int, int, int, int, int, int, float]) -> tuple[tuple[int, int], int, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.koleo import reference
 from stellar_fast.ops.checks import check_floating, check_shapes, in_forward_mode
+from stellar_fast.tune.lookup import knobs, threads
 
 LARGEST_K = 64  # tokens whose K x K products the kernels keep in registers or in the first-level cache
 DTYPES = {
@@ -23,10 +24,10 @@ def _forward(x: Tensor, min_distance: float, name: str) -> tuple[Tensor, Tensor,
     if name == "triton":
         from stellar_fast.kernels.koleo import config, kernel
 
-        return kernel.launch_koleo_fwd(x, min_distance, config.heuristic(_sizes(x), x.dtype, x.device))
+        return kernel.launch_koleo_fwd(x, min_distance, knobs(_OPERATOR, config, _sizes(x), x.dtype, x.device))
     loss, index, distance, norm = outputs = _empty_outputs(x)
-    kept = (index.data_ptr(), distance.data_ptr(), norm.data_ptr())
-    loss.fill_(native.module().koleo_forward(*x.shape, _tokens(x), min_distance, *kept, torch.get_num_threads()))
+    kept = (index.data_ptr(), distance.data_ptr(), norm.data_ptr(), threads(_OPERATOR, _sizes(x), x.dtype).forward)
+    loss.fill_(native.module().koleo_forward(*x.shape, _tokens(x), min_distance, *kept))
     return outputs
 
 
@@ -49,8 +50,8 @@ def _backward(
     if name == "triton":
         from stellar_fast.kernels.koleo import config, kernel
 
-        knobs = config.heuristic(_sizes(x), x.dtype, x.device)
-        return kernel.launch_koleo_bwd(grad_loss, x, index, distance, norm, min_distance, knobs)
+        chosen = knobs(_OPERATOR, config, _sizes(x), x.dtype, x.device)
+        return kernel.launch_koleo_bwd(grad_loss, x, index, distance, norm, min_distance, chosen)
     grad_x = x.new_empty(x.shape)
     native.module().koleo_backward(
         *x.shape,
@@ -61,7 +62,7 @@ def _backward(
         norm.data_ptr(),
         grad_loss.item(),
         grad_x.data_ptr(),
-        torch.get_num_threads(),
+        threads(_OPERATOR, _sizes(x), x.dtype).backward,
     )
     return grad_x
 

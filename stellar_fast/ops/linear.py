@@ -13,6 +13,7 @@ from stellar_fast import backend, native
 from stellar_fast.kernels.linear import config, reference
 from stellar_fast.ops.checks import autocast_dtype, check_devices, check_floating, in_forward_mode
 from stellar_fast.ops.scratch import scratch
+from stellar_fast.tune.lookup import knobs
 
 Gelu = Literal["input", "output"] | None
 
@@ -32,7 +33,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None, k
     if gelu == "output" and not keep:
         # the algorithm "none" is oneDNN's exact GELU, "tanh" its approximation
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none"), x.new_empty(0)
-    out = product("forward", _choose("forward", x, weight), x, weight, bias)
+    out = product("forward", _choose(x, weight).forward, x, weight, bias)
     return (_gelu(out), out) if gelu == "output" else (out, x.new_empty(0))
 
 
@@ -54,14 +55,14 @@ def _backward(
     if gelu == "output":
         grad, _ = _gelu_backward(preactivation, grad)
     if needs_x:
-        grad_x = product("grad_input", _choose("grad_input", x, weight), grad, weight)
+        grad_x = product("grad_input", _choose(x, weight).grad_input, grad, weight)
     if gelu == "input" and needs_x:
         grad_x, x = _gelu_backward(x, grad_x, needs_weight, in_place=True)
     elif gelu == "input":
         x = _gelu(x, scratch(x.shape, x.dtype, "gelu"))
     sums = None
     if needs_weight:
-        chosen = _choose("grad_weight", x, weight)
+        chosen = _choose(x, weight).grad_weight
         if needs_bias and _transposes_gradient(chosen):
             sums = grad.new_zeros(grad.shape[1], dtype=torch.float32)
         grad_weight = _grad_weight(chosen, grad, x, sums)
@@ -97,8 +98,9 @@ def _differentiate(ctx, grad: Tensor | None, _):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _choose(direction: str, x: Tensor, weight: Tensor) -> config.Product:
-    return config.heuristic(direction, x.dtype, len(x), weight.shape[1], weight.shape[0])
+def _choose(x: Tensor, weight: Tensor) -> config.Config:
+    sizes = {"T": len(x), "I": weight.shape[1], "O": weight.shape[0]}
+    return knobs(_OPERATOR, config, sizes, x.dtype, x.device)
 
 
 def product(direction: str, chosen: config.Product, left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

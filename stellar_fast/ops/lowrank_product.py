@@ -9,6 +9,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.lowrank_product import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode, with_dense_rows
+from stellar_fast.tune.lookup import knobs, threads
 
 # Largest sizes that the kernels take: a patch's tokens stay in registers, an image's packed tokens in the caches.
 LARGEST = {"P": 4096, "K": 64, "D": 2048, "E": 2048}
@@ -38,8 +39,8 @@ def _forward(
     if name == "triton":
         from stellar_fast.kernels.lowrank_product import config, kernel
 
-        knobs = config.heuristic(_sizes(query, value), torch.promote_types(query.dtype, value.dtype), query.device)
-        return kernel.launch_lowrank_product_fwd(query, key, value, temperature, bias, return_localization, knobs)
+        chosen = knobs(_OPERATOR, config, _sizes(query, value), _widest(query, value), query.device)
+        return kernel.launch_lowrank_product_fwd(query, key, value, temperature, bias, return_localization, chosen)
     out, localization, peak, logits, query_scale, key_scale = outputs = _empty_outputs(
         query, key, value, return_localization
     )
@@ -54,7 +55,7 @@ def _forward(
         logits.data_ptr(),
         query_scale.data_ptr(),
         key_scale.data_ptr(),
-        torch.get_num_threads(),
+        threads(_OPERATOR, _sizes(query, value), _widest(query, value)).forward,
     )
     return outputs
 
@@ -83,9 +84,9 @@ def _backward(
     if name == "triton":
         from stellar_fast.kernels.lowrank_product import config, kernel
 
-        knobs = config.heuristic(_sizes(query, value), torch.promote_types(query.dtype, value.dtype), query.device)
+        chosen = knobs(_OPERATOR, config, _sizes(query, value), _widest(query, value), query.device)
         saved = query, key, value, logits, query_scale, key_scale
-        return kernel.launch_lowrank_product_bwd(grad_out.contiguous(), grad_localization, *saved, temperature, knobs)
+        return kernel.launch_lowrank_product_bwd(grad_out.contiguous(), grad_localization, *saved, temperature, chosen)
     grads = _empty_grads(query, key, value)
     native.module().lowrank_product_backward(
         tuple(_sizes(query, value).values()),
@@ -95,7 +96,7 @@ def _backward(
         *(x.data_ptr() for x in (logits, query_scale, key_scale)),
         temperature or 0.0,
         *(x.data_ptr() for x in grads),
-        torch.get_num_threads(),
+        threads(_OPERATOR, _sizes(query, value), _widest(query, value)).backward,
     )
     return grads
 
@@ -198,6 +199,10 @@ def _unfit(sizes: dict[str, int], tensors: tuple[Tensor, ...]) -> tuple[tuple[st
 def _sizes(query: Tensor, value: Tensor) -> dict[str, int]:
     (B, P, D), (_, K, E) = query.shape, value.shape
     return {"B": B, "P": P, "K": K, "D": D, "E": E}
+
+
+def _widest(query: Tensor, value: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, value.dtype)
 
 
 def _matrices(x: Tensor) -> tuple[int, bool, int, int]:

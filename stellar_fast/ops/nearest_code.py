@@ -6,6 +6,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.nearest_code import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode, with_dense_rows
+from stellar_fast.tune.lookup import threads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/common/launch.h
 TILE_N, TILE_S = 64, 128  # of the CUDA kernel
@@ -24,7 +25,8 @@ def _nearest(z: Tensor, codebook: Tensor, name: str) -> Tensor:
         if z.dtype == torch.float16:
             z = z.float()
         call = _call(z, codebook, out)
-        native.module().nearest_code(call, z.dtype == torch.bfloat16, torch.get_num_threads())
+        count = threads(_OPERATOR, {"N": N, "E": z.shape[1], "S": S}, z.dtype).forward
+        native.module().nearest_code(call, z.dtype == torch.bfloat16, count)
         return out
     splits = min(-(-BLOCKS // max(1, -(-N // TILE_N))), -(-S // TILE_S))
     squares, best = codebook.new_empty(S), codebook.new_empty(splits, N)

@@ -14,6 +14,7 @@ from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.packed_patch_embed import reference
 from stellar_fast.ops.checks import autocast_dtype, check_devices, check_shapes, in_forward_mode, values_are_checked
 from stellar_fast.ops.linear import linear
+from stellar_fast.tune.lookup import knobs
 
 RANGE_SLACK = 1e-3  # resizing overshoots by rounding; what is normalised or up to 255 is far beyond
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton kernels; images may be uint8 too
@@ -79,9 +80,9 @@ def _forward(
 
     backend.ran(_OPERATOR, name)
     counts, keeps = _counts(images, keep_indices, weight.shape[-2:]), [_or_all(keep) for keep in keep_indices]
-    knobs = config.heuristic({"D": weight.shape[0]}, weight.dtype, weight.device)
+    chosen = knobs(_OPERATOR, config, {"D": weight.shape[0]}, weight.dtype, weight.device)
     tokens = bias, positions, cls_token, sparse_tokens
-    return kernel.launch_packed_patch_embed_fwd(images, keeps, counts, weight, *tokens, mean, std, dtype, knobs)
+    return kernel.launch_packed_patch_embed_fwd(images, keeps, counts, weight, *tokens, mean, std, dtype, chosen)
 
 
 @_forward.register_fake
@@ -120,8 +121,8 @@ def _backward(
     rows = grad.new_empty(sum(kept_rows), D, dtype=dtype)
     for part, g, kept in zip(rows.split(kept_rows), grads, counts, strict=True):
         part.view(g.shape[0], kept, D).copy_(g[:, 1 : 1 + kept])
-    knobs = config.heuristic({"D": D}, dtype, grad.device)
-    pixels = kernel.launch_packed_patch_embed_bwd(images, keeps, counts, (p, q), mean, std, dtype, knobs)
+    chosen = knobs(_OPERATOR, config, {"D": D}, dtype, grad.device)
+    pixels = kernel.launch_packed_patch_embed_bwd(images, keeps, counts, (p, q), mean, std, dtype, chosen)
     return [(rows.mT @ pixels).view(D, 3, p, q), *sums]
 
 

@@ -18,6 +18,7 @@ from stellar_fast.ops.checks import (
     in_forward_mode,
 )
 from stellar_fast.ops.linear import SMALL_PRODUCT, product
+from stellar_fast.tune.lookup import knobs, threads
 
 DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),  # in the order of csrc/common/launch.h
@@ -46,7 +47,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns:
             bias_address,
             image.data_ptr(),
             x.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+            threads(_OPERATOR, dict(zip("BCYXS", sizes, strict=True)), x.dtype).forward,
         )
     return image
 
@@ -83,7 +84,7 @@ def _backward(
             patches.data_ptr(),
             sums.data_ptr(),
             grad.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+            threads(_OPERATOR, dict(zip("BCYXS", sizes, strict=True)), x.dtype).backward,
         )
     grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in needs)
     if needs_x:
@@ -123,7 +124,8 @@ def _product(direction: str, left: Tensor, right: Tensor, weight: Tensor) -> Ten
     chosen = config.Product("matmul")
     if left.device.type == "cpu" and _onednn(left.dtype):
         H, pixels = weight.flatten(1).shape
-        chosen = config.heuristic(direction, left.dtype, len(left), pixels, H)
+        sizes = {"T": len(left), "I": pixels, "O": H}
+        chosen = getattr(knobs("linear", config, sizes, left.dtype, left.device), direction)
     with torch.autocast(left.device.type, enabled=False):
         return product(direction, chosen, left, right)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stellar_fast import backend, native
-from stellar_fast.kernels.prototype_cross_entropy import reference
+from stellar_fast.kernels.prototype_cross_entropy import config_cpu, reference
 from stellar_fast.ops.checks import (
     check_floating,
     check_positive,
@@ -20,13 +20,10 @@ from stellar_fast.ops.checks import (
 )
 from stellar_fast.ops.linear import pointwise, transposed
 from stellar_fast.ops.sinkhorn import SinkhornTargets
+from stellar_fast.tune.lookup import knobs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 512  # E that the Triton kernels hold in one tile
-# Logits of a block of predictions on a CPU: more rows multiply faster, more bytes leave the third-level cache. With 2
-# cores of a Zen 5, R=1,024 and C=16,384, 4 blocks of 256 rows took 70 ms in fp32, 8 of 128 rows 77.
-BLOCK_BYTES = 16 * 2**20
-BLOCK_ROWS = (128, 512)
 _OPERATOR = "prototype_cross_entropy"
 
 
@@ -54,9 +51,9 @@ def _forward(
         from stellar_fast.kernels.prototype_cross_entropy import config, kernel
 
         features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
-        knobs = config.heuristic(*_problem(features, prototypes, targets), features.device)
+        chosen = knobs(_OPERATOR, config, *_problem(features, prototypes, targets), features.device)
         losses, lse, mass = kernel.launch_prototype_cross_entropy_fwd(
-            features, prototypes, targets, target_temperature, index, temperature, knobs
+            features, prototypes, targets, target_temperature, index, temperature, chosen
         )
         return reference.means(losses, split_sizes), lse, mass, lse.new_empty(0), lse.new_empty(0)
     with torch.autocast("cpu", enabled=False):  # products are in the dtype of what they are given
@@ -112,7 +109,7 @@ def _backward(
 
     dtypes = features.dtype, prototypes.dtype
     features, prototypes, targets = _for_triton(features, prototypes, targets, dtype)
-    knobs = config.heuristic(*_problem(features, prototypes, targets), features.device)
+    chosen = knobs(_OPERATOR, config, *_problem(features, prototypes, targets), features.device)
     grads = kernel.launch_prototype_cross_entropy_bwd(
         _row_weights(grad, split_sizes),
         features,
@@ -124,7 +121,7 @@ def _backward(
         mass,
         temperature,
         needs,
-        knobs,
+        chosen,
     )
     return grads[0].to(dtypes[0]), grads[1].to(dtypes[1])
 
@@ -261,9 +258,8 @@ def _on_cpu(
     across = prototypes.t()
     if needs_features and dtype == torch.float32:
         across = transposed(prototypes, "right")
-    least, most = BLOCK_ROWS
-    rows = min(max(BLOCK_BYTES // (C * dtype.itemsize), least), most)
-    rows = -(-R // max(1, round(R / rows)))  # blocks alike: a small last one multiplies at a lower rate
+    chosen = knobs(_OPERATOR, config_cpu, {"R": R, "C": C, "E": E}, dtype, features.device)
+    rows = -(-R // max(1, round(R / chosen.block_rows)))  # blocks alike: a small last one multiplies at a lower rate
     for start in range(0, R, rows):
         block = features[start : start + rows]
         logits = _product(block, prototypes)
@@ -276,7 +272,7 @@ def _on_cpu(
             temperature,
             weights[start:].data_ptr() if any(needs) else 0,
             losses[start:].data_ptr(),
-            torch.get_num_threads(),
+            chosen.threads,
         )
         if needs_features:
             grad_features[start : start + rows] = _product(logits, across)

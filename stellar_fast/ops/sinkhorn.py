@@ -18,6 +18,7 @@ from stellar_fast import backend, native
 from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.sinkhorn import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, with_dense_rows
+from stellar_fast.tune.lookup import knobs, threads
 
 DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
@@ -68,8 +69,8 @@ def _whole(
     if name == "triton":
         from stellar_fast.kernels.sinkhorn import config, kernel
 
-        knobs = config.heuristic(_sizes(logits), logits.dtype, logits.device)
-        return kernel.launch_sinkhorn_fwd(logits, temperature, iterations, scale, assignments, statistics, knobs)
+        chosen = knobs(_OPERATOR, config, _sizes(logits), logits.dtype, logits.device)
+        return kernel.launch_sinkhorn_fwd(logits, temperature, iterations, scale, assignments, statistics, chosen)
     peaks, sums = _column_parts(logits, temperature)
     column = reference.first_column(*_joined(peaks, sums), scale)
     row = column.new_zeros(logits.shape[0])
@@ -96,8 +97,8 @@ def _columns(logits: Tensor, temperature: float, name: str) -> tuple[Tensor, Ten
     if name == "triton":
         from stellar_fast.kernels.sinkhorn import config, kernel
 
-        knobs = config.heuristic(_sizes(logits), logits.dtype, logits.device)
-        return _joined(*kernel.launch_sinkhorn_columns(logits, temperature, knobs))
+        chosen = knobs(_OPERATOR, config, _sizes(logits), logits.dtype, logits.device)
+        return _joined(*kernel.launch_sinkhorn_columns(logits, temperature, chosen))
     return _joined(*_column_parts(logits, temperature))
 
 
@@ -125,8 +126,8 @@ def _rows(
     if name == "triton":
         from stellar_fast.kernels.sinkhorn import config, kernel
 
-        knobs = config.heuristic(_sizes(logits), logits.dtype, logits.device)
-        sums = kernel.launch_sinkhorn_rows(logits, temperature, row, column, last, out, entropy, first, knobs)
+        chosen = knobs(_OPERATOR, config, _sizes(logits), logits.dtype, logits.device)
+        sums = kernel.launch_sinkhorn_rows(logits, temperature, row, column, last, out, entropy, first, chosen)
     else:
         sums = column.new_empty(0 if last else _parts(logits), logits.shape[1])
         _row_pass(logits, temperature, row, column, sums, out, entropy, first)
@@ -285,7 +286,8 @@ def _empty_results(logits: Tensor, assignments: bool, statistics: bool) -> tuple
 
 def _parts(logits: Tensor) -> int:
     """Groups of rows, a thread each."""
-    return max(1, min(torch.get_num_threads(), logits.shape[0], logits.numel() // SMALL))
+    most = threads(_OPERATOR, _sizes(logits), logits.dtype).forward
+    return max(1, min(most, logits.shape[0], logits.numel() // SMALL))
 
 
 def _matrix(x: Tensor, temperature: float) -> tuple[int, bool, int, int, int, float]:

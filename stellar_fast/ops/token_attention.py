@@ -3,6 +3,7 @@
 T rows of all sequences, H heads, d channels a head, N sequences.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.token_attention import reference
 from stellar_fast.ops.checks import check_floating, check_shapes, in_forward_mode, values_are_checked
+from stellar_fast.tune.lookup import knobs, threads
 
 MAX_HEAD_DIM = 128  # of the kernels; beyond it torch computes
 Groups = Sequence[tuple[int, int, int]]  # (sequences, rows of q, rows of k) in packed order
@@ -39,14 +41,14 @@ def _forward(
     if name == "triton":
         from stellar_fast.kernels.token_attention import kernel
 
-        for part, knobs in _launches(q, starts_q, starts_k, sizes):
-            kernel.launch_token_attention_fwd(q, k, v, *part, scale, knobs, into=(out, lse))
+        for part, chosen in _launches(q, starts_q, starts_k, sizes):
+            kernel.launch_token_attention_fwd(q, k, v, *part, scale, chosen, into=(out, lse))
         return out, lse
     native.module().token_attention_forward(
         *_native_shape(q, k, starts_q, starts_k, scale),
         *map(_heads, (q, k, v, out)),
         lse.data_ptr(),
-        torch.get_num_threads(),
+        threads(_OPERATOR, _sizes(q, k, starts_q), q.dtype).forward,
     )
     return out, lse
 
@@ -71,13 +73,13 @@ def _backward(
     if name == "triton":
         from stellar_fast.kernels.token_attention import kernel
 
-        for part, knobs in _launches(q, starts_q, starts_k, sizes):
-            kernel.launch_token_attention_bwd(grad_out, q, k, v, out, lse, *part, scale, knobs, out_grads=into)
+        for part, chosen in _launches(q, starts_q, starts_k, sizes):
+            kernel.launch_token_attention_bwd(grad_out, q, k, v, out, lse, *part, scale, chosen, out_grads=into)
         return
     native.module().token_attention_backward(
         *_native_shape(q, k, starts_q, starts_k, scale),
         *map(_heads, (grad_out, q, k, v, *into)),
-        torch.get_num_threads(),
+        threads(_OPERATOR, _sizes(q, k, starts_q), q.dtype).backward,
     )
 
 
@@ -88,15 +90,21 @@ def _launches(
     from stellar_fast.kernels.token_attention import config
 
     groups = list(zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True))
-    for first, end, longest_q, longest_k, knobs in config.runs(groups, {"d": q.shape[2]}, q.dtype, q.device):
+    choose = functools.partial(knobs, _OPERATOR, config)
+    for first, end, longest_q, longest_k, chosen in config.runs(groups, {"d": q.shape[2]}, q.dtype, q.device, choose):
         part = slice(first, end + 1)
-        yield (starts_q[part], starts_k[part], longest_q, longest_k), knobs
+        yield (starts_q[part], starts_k[part], longest_q, longest_k), chosen
 
 
 def _native_shape(q: Tensor, k: Tensor, starts_q: Tensor, starts_k: Tensor, scale: float) -> tuple:
     (rows_q, heads, head_dim), is_bfloat16 = q.shape, q.dtype == torch.bfloat16
     starts = starts_q.data_ptr(), starts_k.data_ptr(), starts_q.shape[0] - 1
     return *starts, heads, head_dim, scale, is_bfloat16, rows_q, k.shape[0]
+
+
+def _sizes(q: Tensor, k: Tensor, starts: Tensor) -> dict[str, int]:
+    """Sequences, rows of q and of k."""
+    return {"N": len(starts) - 1, "Q": len(q), "T": len(k), "H": q.shape[1], "d": q.shape[2]}
 
 
 def _heads(x: Tensor) -> tuple[int, int, int]:

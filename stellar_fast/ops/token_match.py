@@ -8,6 +8,7 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.token_match import reference
 from stellar_fast.ops.checks import check_floating, check_positive, check_shapes
+from stellar_fast.tune.lookup import knobs, threads
 
 LARGEST_K = 64  # tokens whose K x K problem the kernels keep in registers or in the first-level cache
 DTYPES = {
@@ -29,12 +30,12 @@ def _match(
     name: str,
 ) -> tuple[Tensor, Tensor]:
     backend.ran(_OPERATOR, name)
+    sizes, dtype = dict(zip("BVKD", pred.shape, strict=True)), torch.promote_types(pred.dtype, target.dtype)
     if name == "triton":
         from stellar_fast.kernels.token_match import config, kernel
 
-        dtype = torch.promote_types(pred.dtype, target.dtype)
-        knobs = config.heuristic(dict(zip("BVKD", pred.shape, strict=True)), dtype, pred.device)
-        return kernel.launch_token_match_fwd(pred, target, keep, epsilon, iterations, return_plan, knobs)
+        chosen = knobs(_OPERATOR, config, sizes, dtype, pred.device)
+        return kernel.launch_token_match_fwd(pred, target, keep, epsilon, iterations, return_plan, chosen)
     index, plan = outputs = _empty_outputs(pred, return_plan)
     native.module().token_match(
         *pred.shape,
@@ -45,7 +46,7 @@ def _match(
         iterations,
         index.data_ptr(),
         plan.data_ptr() if return_plan else 0,
-        torch.get_num_threads(),
+        threads(_OPERATOR, sizes, dtype).forward,
     )
     return outputs
 

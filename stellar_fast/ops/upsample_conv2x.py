@@ -19,6 +19,7 @@ from stellar_fast.kernels.upsample_conv2x.phases import (
 )
 from stellar_fast.ops.checks import autocast_dtype, check_floating, check_shapes, in_forward_mode
 from stellar_fast.ops.from_weight import from_weight
+from stellar_fast.tune.lookup import threads
 
 DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),  # in the order of csrc/common/launch.h
@@ -42,7 +43,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, name: 
     bias = None if bias is None else bias.float().contiguous()
     bias_address = 0 if bias is None else bias.data_ptr()
     if name == "cpu" and (x.dtype == torch.float32 or _multiplies_bf16()):
-        half = x.dtype == torch.bfloat16
+        half, count = x.dtype == torch.bfloat16, threads(_OPERATOR, _letters(x, out), x.dtype).forward
         weights = from_weight(paired_product_weights if half else product_weights, weight, x.dtype)
         native.module().upsample_conv2x_products(
             _sizes(out),
@@ -54,7 +55,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, name: 
             groups,
             stats.data_ptr(),
             half,
-            torch.get_num_threads(),
+            count,
         )
         return outputs
     taps = from_weight(phase_weights, weight, x.dtype)
@@ -84,7 +85,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, name: 
             groups,
             to_stats.data_ptr(),
             x.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+            threads(_OPERATOR, _letters(x, out), x.dtype).forward,
         )
     return outputs
 
@@ -124,7 +125,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], name: 
             phases.data_ptr(),
             sums.data_ptr(),
             grad.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+            threads(_OPERATOR, _letters(x, grad), grad.dtype).backward,
         )
     if needs_bias:
         grad_bias = sums
@@ -193,6 +194,10 @@ def _dense(x: Tensor) -> Tensor:
 def _sizes(out: Tensor) -> tuple[int, int, int, int]:
     B, O, H, W = out.shape  # noqa: E741
     return B, H // 2, W // 2, O
+
+
+def _letters(x: Tensor, out: Tensor) -> dict[str, int]:
+    return dict(zip("BCHWO", (*x.shape, out.shape[1]), strict=True))
 
 
 def _chunks(out: Tensor) -> int:

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from stellar_fast.backend import use_backend
 from stellar_fast.kernels.linear import config
 from stellar_fast.nn.linear import Linear
 from stellar_fast.ops import linear, scratch
+from stellar_fast.tune.lookup import Problem, force
 from tests.harness import check_op, check_registered, each_backend, each_shape, poisoned_memory
 
 LARGE = (70, 130, 190)  # rows, in, out: above the size from which oneDNN is taken; odd, so no width is a multiple of 16
@@ -52,25 +54,24 @@ def test_registration(backend, device, gelu):
 
 @DTYPE
 @pytest.mark.parametrize("widths", [(48, 64), (64, 48), (37, 19)])
-def test_every_way_of_a_product(monkeypatch, dtype, widths):
+def test_every_way_of_a_product(dtype, widths):
     width, out = widths
-    shape = {"R": 70, "I": width, "O": out}
-    for direction in ("forward", "grad_input", "grad_weight"):
-        for way in config.candidates(direction, dtype):
-            sliced = config.Product(way.way, min(way.slice_rows, 32))
-            monkeypatch.setattr(
-                config,
-                "heuristic",
-                lambda d, *_, at=direction, way=sliced: way if d == at else config.Product("pointwise"),
-            )
-            check_op("linear", "onednn", shape, dtype, slack=2.0)  # slices round their sums once more
+    sizes = {"T": 70, "I": width, "O": out}
+    problem = Problem("linear", config, tuple(sizes.items()), dtype, torch.device("cpu"))
+    tried = list(config.candidates(sizes, dtype))
+    assert tried[0] == problem.heuristic() and all(config.is_valid(found, sizes, dtype) for found in tried)
+    for found in tried:
+        grad_weight = config.Product(found.grad_weight.way, min(found.grad_weight.slice_rows, 32))
+        with force(problem, replace(found, grad_weight=grad_weight)):
+            # slices round their sums once more
+            check_op("linear", "onednn", {"R": 70, "I": width, "O": out}, dtype, slack=2.0)
 
 
 def test_heuristic_is_a_candidate():
     for dtype in (torch.float32, torch.bfloat16):
-        for direction in ("forward", "grad_input", "grad_weight"):
-            for sizes in ((2170, 768, 3072), (2170, 3072, 768), (2170, 768, 768), (7, 5, 3)):
-                assert config.heuristic(direction, dtype, *sizes) in config.candidates(direction, dtype)
+        for sizes in ((2170, 768, 3072), (2170, 3072, 768), (2170, 768, 768), (7, 5, 3)):
+            shape = dict(zip("TIO", sizes, strict=True))
+            assert config.is_valid(config.heuristic(shape, dtype, "cpu"), shape, dtype)
 
 
 def test_auto_takes_onednn_where_it_suits():

@@ -1,0 +1,118 @@
+"""`stellar-fast tune` from end to end, on shapes that take no time."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stellar_fast import native, ops
+from stellar_fast.cli import app
+from stellar_fast.registry import load
+from stellar_fast.tune import lookup, tuner
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lookup.forget()
+    yield tmp_path / "cache" / "stellar_fast" / "tune"
+    lookup.forget()
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["tune", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_tune_list_show_clear(cache, monkeypatch):
+    small = "--shapes", "small", "--dtype", "fp32", "--device", "cpu", "--budget", "10"
+    result = invoke("linear", "koleo", *small)
+    assert result.exit_code == 0, result.output
+    (file,) = cache.iterdir()
+    content = json.loads(file.read_text())
+    assert content["device"] == lookup.device_name(CPU)
+    found = {entry["op"]: entry for entry in content["entries"]}
+    assert set(found) == {"koleo", "linear"} and all(entry["done"] for entry in found.values())
+    assert found["linear"]["tried"] == 6 and not found["linear"]["rejected"]
+    assert found["linear"]["shape"] == {"T": 70, "I": 130, "O": 190} and found["linear"]["threads"] == 1
+    assert re.search(r"linear .* float32 R=70 I=130 O=190", result.output) and str(file) in result.output
+
+    monkeypatch.setattr(tuner, "_Search", None)  # nothing is searched again
+    assert "linear" in invoke("linear", *small).output
+    assert re.search(rf"{re.escape(file.name)}.* 2 .*koleo, linear", invoke("list").output)
+    shown = invoke("show", "linear", "--device", "cpu").output
+    assert "float32 R=70" in shown and "koleo" not in shown
+    assert "1 entries removed" in invoke("clear", "koleo", "--device", "cpu").output
+    assert [entry["op"] for entry in json.loads(file.read_text())["entries"]] == ["linear"]
+    assert "1 entries removed" in invoke("clear", "--device", "cpu").output
+
+
+def test_what_was_tuned_is_what_runs(cache, monkeypatch):
+    shape = load("linear").shapes["small"]
+    assert invoke("linear", "--shapes", "small", "--dtype", "fp32", "--device", "cpu", "--budget", 5).exit_code == 0
+    store = lookup.user_store(lookup.device_name(CPU))
+    ((name, entry),) = store.read().items()
+    text = json.loads(store.path.read_text())
+    text["entries"][0]["knobs"] = {"grad_weight": {"way": "inner_product", "slice_rows": 0}}
+    store.path.write_text(json.dumps(text))
+    monkeypatch.setenv("STELLAR_FAST_TUNE", "cache")
+    lookup.forget()
+    ways = []
+    door = __import__("sys").modules["stellar_fast.ops.linear"]
+    works = door._grad_weight_of_slice
+    monkeypatch.setattr(door, "_grad_weight_of_slice", lambda way, *a: ways.append(way) or works(way, *a))
+    inputs = load("linear").make_inputs(shape, torch.float32, CPU, torch.Generator().manual_seed(0))
+    inputs["weight"].requires_grad_()
+    ops.linear(**inputs).sum().backward()
+    assert ways == ["inner_product"] and name == entry.key
+    compiled = torch.compile(lambda x, weight, bias: ops.linear(x, weight, bias), fullgraph=True)
+    compiled(**inputs).sum().backward()
+    assert ways == ["inner_product"] * 2
+
+
+def test_commit_writes_into_a_checkout_alone(cache, monkeypatch, tmp_path):
+    room = lookup.room
+    elsewhere = tmp_path / "site-packages" / "stellar_fast" / "kernels"
+    monkeypatch.setattr(lookup, "room", lambda op: elsewhere / op)
+    arguments = "koleo", "--shapes", "small", "--dtype", "fp32", "--device", "cpu", "--budget", 5, "--commit"
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and f"installed in {elsewhere}" in result.output.replace("\n", "")
+    assert not cache.exists(), "before anything is measured"
+    elsewhere.mkdir(parents=True)
+    (elsewhere.parent / "pyproject.toml").touch()
+    lookup.source_hash.cache_clear()
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    (file,) = (elsewhere / "koleo" / "configs").iterdir()
+    assert [entry["op"] for entry in json.loads(file.read_text())["entries"]] == ["koleo"]
+    lookup.source_hash.cache_clear()
+    assert room("koleo") != elsewhere
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sink"], "unknown operator 'sink'; these have: "),
+        (["crop_resize"], "crop_resize has no launch knobs on cpu"),
+        (["--shapes", "b17"], "no shape is called 'b17'"),
+        (["--preset", "c16"], "unknown preset 'c16'"),
+        (["--dtype", "int8"], "dtype must be fp32, bf16, fp16 but is 'int8'"),
+        (["--budget", "0"], "budget must be positive but is 0"),
+        (["--batch", "-1"], "batch must be at least 1 but is -1"),
+        (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_errors_are_one_line(arguments, message):
+    result = invoke(*arguments, *([] if "--device" in arguments else ["--device", "cpu"]))
+    assert result.exit_code == 2 and message in result.output.replace("\n", " ")
+
+
+def test_the_native_module_knows_what_it_was_built_from():
+    hashes = {op: native.source_hash(op) for op in ("koleo", "linear")}
+    assert all(re.fullmatch("[0-9a-f]{16}", found) for found in hashes.values()) and len(set(hashes.values())) == 2
+    assert native.source_hash("packed_patch_embed") == "", "which has no C++"
