@@ -83,7 +83,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Times in ms of each call, all calls once a round, the order turned around every round.
 
-    The calls must be warm. `rounds=None` takes as many rounds as fit in `budget_s`, but between 3 and 200.
+    The calls must be warm. `rounds=None` takes as many rounds as fit in `budget_s` (and in 0.3 s, which cheap calls may
+    always have), but between 3 and 200.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -95,7 +96,7 @@ def interleave(
         done += 1
         if rounds is None:
             round_s = sum(map(sum, samples.values())) / 1e3 / done
-            total = min(200, max(3, int(budget_s / max(round_s, 1e-6))))
+            total = min(200, max(3, int(max(budget_s, 0.3) / max(round_s, 1e-6))))
         progress(done, max(done, total))
     return samples
 

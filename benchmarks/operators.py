@@ -55,15 +55,15 @@ def build_cases(
     inputs = spec.make_inputs(shape, dtype, device, torch.Generator().manual_seed(0))
     inputs |= getattr(module, "ARGUMENTS", {})
     gradients = [name for name in spec.gradients if isinstance(inputs.get(name), Tensor)]
-    providers: dict[str, Provider] = (
-        dict(module.PROVIDERS) if "libraries" in groups else {"plain": module.PROVIDERS["plain"]}
-    )
+    plain: Provider = module.PROVIDERS["plain"]
+    providers: dict[str, Provider] = {"plain": plain}
     if "plain_compiled" in groups:
-        providers["plain_compiled"] = _compiled(module.PROVIDERS["plain"])
+        providers["plain_compiled"] = _compiled(plain)
+    if "libraries" in groups:
+        providers |= module.PROVIDERS
     if "stellar_fast" in groups:
-        providers |= {
-            f"stellar_fast.{name}": _ours(spec, name) for name in fast_backends(op, device.type) or ["reference"]
-        }
+        backends = fast_backends(op, device.type) or ["reference"]
+        providers |= {f"stellar_fast.{name}": _ours(spec, name) for name in backends}
 
     exact = _tensors(formula.reference, _doubled(inputs), gradients)
     errors: dict[str, dict[str, float]] = {}

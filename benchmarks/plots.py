@@ -118,7 +118,7 @@ def _throughput(figure, rows: Sequence[Row]) -> None:
     for i, name in enumerate(names):
         axes = figure.add_subplot(-(-len(names) // 3), min(3, len(names)), i + 1)
         of_suite = sorted((row for row in rows if row.suite == name), key=lambda row: row.date)
-        runs = {date: row.commit for row in of_suite for date in [row.date]}
+        runs = {row.date: row.commit for row in of_suite}
         places = {date: place for place, date in enumerate(runs)}
         for dtype in dict.fromkeys(row.dtype for row in of_suite):
             for provider, style in (("stellar_fast", "o-"), ("plain", "x:")):

@@ -67,6 +67,7 @@ def _line(row: Row) -> Line:
         what: Line = {"op": row.op, "shape": row.preset, "": "fwd + bwd" if "backward" in row.direction else "fwd"}
         moved = {"MB": _number(row.bytes / 1e6), "GB/s": _number(row.gb_per_s)}
         moved["of copy"] = _percent(row.gb_per_s / row.copy_gb_per_s)
+        del times["p20 - p80 "], rates["MFU"]
         return what | {"dtype": row.dtype, "provider": row.provider} | times | moved | rates
     throughput = {"images/s": _number(row.images_per_s)}
     if row.suite == "scaling":

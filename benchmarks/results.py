@@ -63,7 +63,7 @@ COLUMNS = {
     "suite": "of benchmarks/run.py",
     "op": "the operator of the suite ops, or another public function of its room",
     "direction": "forward or forward+backward; of the suite scaling the series",
-    "provider": "stellar_fast or stellar_fast.<backend>, plain (the upstream formulation), plain_compiled, or a library",
+    "provider": "stellar_fast or stellar_fast.<backend>; plain, the upstream formulation; plain_compiled; a library",
     "preset": "of the model, or the named shape of the operator",
     "shape": "sizes in letters",
     "batch": "images; of an operator without images 1",

@@ -1,6 +1,6 @@
 """Verify, then time: this package against the same mathematics written the plain way.
 
-    python benchmarks/run.py                                    in under 4 minutes: objective, encoding, a training step,
+    python benchmarks/run.py                                    in under 4 minutes: objective, encoding, training step,
                                                                 data and every operator
     python benchmarks/run.py --suite step --dtype fp32 --rounds 15
     python benchmarks/run.py --suite ops --op lowrank_product,token_attention --shapes all --provider plain_compiled
@@ -81,7 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--batch", type=_positive, help="images (default: by suite and device; memory 128)")
     add("--rounds", type=_positive, help="timed rounds of each case (default: what fits the budget)")
-    add("--budget", type=float, default=200.0, help="seconds for everything without --rounds (default: 200)")
+    add("--budget", type=float, default=120.0, help="seconds to aim at without --rounds (default: 120)")
     add("--allocator", choices=("default", "raised"), default="default", help="glibc's thresholds, all providers alike")
     add(
         "--provider",

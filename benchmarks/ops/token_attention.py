@@ -74,7 +74,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k
 
 
 def _on_cuda(attention: Provider) -> Provider:
-    """Nothing of this is a choice on a CPU. On CUDA a library may be missing, or not take the dtype or the head's width."""
+    """No choice on a CPU. On CUDA a library may be missing, or not take the dtype or the head's width."""
 
     def run(q: Tensor, **others: Any) -> Tensor:
         if q.device.type != "cuda":
