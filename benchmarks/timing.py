@@ -86,26 +86,15 @@ def _samples(
     for call in calls.values():  # warm up: allocator, autotuners, optimizer state
         call()
     peaks = {provider: measure.peak_extra_mib(call, device) for provider, call in calls.items()}
-    beside: dict[str, measure.Call] = {}
-    product_flops = 0.0
-    if case.flops and not case.op:  # beside a model a large product takes little; an operator takes less time than it
-        products, product_flops = measure.gemms(compute, device)
-        beside = {f"gemm {library}": product for library, product in products.items()}
-        for product in beside.values():
-            product()
-    elif case.flops and dtype not in ceilings.gemm_gflop_per_s:
+    if case.flops and (
+        not case.op or dtype not in ceilings.gemm_gflop_per_s
+    ):  # an operator takes less than the product
         ceilings.gemm_gflop_per_s[dtype] = measure.gemm_gflop_per_s(compute, device, timer)
 
     def progress(done: int, total: int) -> None:
         say(f"{case.direction}: round {done}/{total}", end="\r" if done < total else "\n")
 
-    samples = measure.interleave(calls | beside, timer, rounds, deadline - time.monotonic(), progress)
-    if beside:
-        ceilings.gemm_gflop_per_s[dtype] = {
-            name.removeprefix("gemm "): product_flops / measure.summarise(samples.pop(name)).median / 1e6
-            for name in beside
-        }
-    return samples, peaks
+    return measure.interleave(calls, timer, rounds, deadline - time.monotonic(), progress), peaks
 
 
 def _row(
