@@ -161,11 +161,11 @@ class Ceilings:
 
 
 def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device, timer: Timer, rounds: int = 7) -> dict[str, float]:
-    """The rate of those products on their own, by library."""
+    """The rate of those products by library, of the fastest round: what shares are taken of is a ceiling."""
     calls, flops = gemms(dtype, device)
     for call in calls.values():
         call()
-    return {name: flops / summarise(times).median / 1e6 for name, times in interleave(calls, timer, rounds, 0).items()}
+    return {name: flops / min(times) / 1e6 for name, times in interleave(calls, timer, rounds, 0).items()}
 
 
 def copy_gb_per_s(device: torch.device, timer: Timer, rounds: int = 7) -> float:

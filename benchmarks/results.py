@@ -84,7 +84,7 @@ COLUMNS = {
     "flops": "that the mathematics needs, the same for every provider (benchmarks/shapes.py, the operators' specs)",
     "bytes": "that must move at least, the same for every provider",
     "gflop_per_s": "flops over median",
-    "gemm_gflop_per_s": "large products by torch's default path, in the same run",
+    "gemm_gflop_per_s": "large products by torch's default path, in the same run, fastest round",
     "gemm_share": "gflop_per_s over gemm_gflop_per_s: above 1 where another library is faster",
     "best_gemm_gflop_per_s": "the same products by the fastest library here",
     "mfu": "gflop_per_s over best_gemm_gflop_per_s: model FLOPs utilisation",

@@ -66,7 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--suite", type=_choices("suite", SUITES), default=list(DEFAULT_SUITES), help=f"of {', '.join(SUITES)}")
     add("--preset", default="b16", help="sizes of the model (default: b16)")
-    add("--dtype", type=_choices("dtype", DTYPES), help="default: fp32,bf16, on CUDA bf16")
+    add("--dtype", type=_choices("dtype", DTYPES), help="default: fp32,bf16 (operators fp32), on CUDA bf16")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add(
         "--op",
@@ -93,6 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no CUDA device")
+    options.op_dtype = options.dtype or DEFAULT_DTYPES[options.device][:1]
     options.dtype = options.dtype or DEFAULT_DTYPES[options.device]
     options.provider = options.provider or DEFAULT_PROVIDERS[options.device]
     try:
@@ -166,7 +167,7 @@ def _op_cases(options: argparse.Namespace, op: str) -> list[tuple[str, str, str,
     named = [name for name in spec.shapes if name != "small"]
     asked = named[:1] if options.shapes is None else options.shapes
     taken = named if "all" in asked else [name for name in asked if name in spec.shapes]
-    dtypes = [dtype for dtype in options.dtype if DTYPES[dtype] in spec.dtypes]
+    dtypes = [dtype for dtype in options.op_dtype if DTYPES[dtype] in spec.dtypes]
     if not any(dtype.is_floating_point for dtype in spec.dtypes):
         dtypes = ["uint8"]
     return [(op, function, shape, dtype) for function in operators.functions(op) for shape in taken for dtype in dtypes]

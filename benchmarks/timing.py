@@ -86,9 +86,7 @@ def _samples(
     for call in calls.values():  # warm up: allocator, autotuners, optimizer state
         call()
     peaks = {provider: measure.peak_extra_mib(call, device) for provider, call in calls.items()}
-    if case.flops and (
-        not case.op or dtype not in ceilings.gemm_gflop_per_s
-    ):  # an operator takes less than the product
+    if case.flops and (not case.op or dtype not in ceilings.gemm_gflop_per_s):  # products take longer than operators
         ceilings.gemm_gflop_per_s[dtype] = measure.gemm_gflop_per_s(compute, device, timer)
 
     def progress(done: int, total: int) -> None:
