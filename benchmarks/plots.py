@@ -112,12 +112,12 @@ def _scaling(figure, rows: Sequence[Row]) -> None:
 
 
 def _throughput(figure, rows: Sequence[Row]) -> None:
-    """One panel a suite: images/s of this package and of plain, run by run; the commit stands below."""
-    names = list(dict.fromkeys(row.suite for row in rows))
+    """One panel a suite and batch: images/s of this package and of plain, run by run; the commit stands below."""
+    names = sorted({(row.suite, row.batch) for row in rows})
     figure.set_size_inches(4 * min(3, len(names)), 3 * -(-len(names) // 3))
     for i, name in enumerate(names):
         axes = figure.add_subplot(-(-len(names) // 3), min(3, len(names)), i + 1)
-        of_suite = sorted((row for row in rows if row.suite == name), key=lambda row: row.date)
+        of_suite = sorted((row for row in rows if (row.suite, row.batch) == name), key=lambda row: row.date)
         runs = {row.date: row.commit for row in of_suite}
         places = {date: place for place, date in enumerate(runs)}
         for dtype in dict.fromkeys(row.dtype for row in of_suite):
@@ -128,7 +128,7 @@ def _throughput(figure, rows: Sequence[Row]) -> None:
                     [places[r.date] for r in chosen], rates, style, color=COLOURS[dtype], label=f"{provider} {dtype}"
                 )
         axes.set_xticks(range(len(runs)), list(runs.values()), rotation=60, fontsize=6)
-        axes.set(ylim=(0, None), ylabel="images/s", title=name)
+        axes.set(ylim=(0, None), ylabel="images/s", title=f"{name[0]} B={name[1]}")
         axes.legend(fontsize=6)
     figure.suptitle(_title(rows[0]))
 
