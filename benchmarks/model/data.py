@@ -13,9 +13,7 @@ from torch import Tensor
 
 from benchmarks.model.pair import Case, Check
 from benchmarks.operators import INTEGER_TOLERANCE
-from benchmarks.ops import crop_resize
 from benchmarks.shapes import ModelShape
-from stellar_fast.data import transform
 
 BATCH = 8  # photos
 HEIGHT, WIDTH = 375, 500
@@ -35,6 +33,8 @@ def photos(count: int) -> list[np.ndarray]:
 
 def _cropped_by(crops: Crops, shape: ModelShape) -> Callable[[np.ndarray, int], dict[str, Tensor]]:
     """A transform that draws as MultiViewTransform does."""
+    from stellar_fast.data.transform import random_box
+
     kinds: Sequence[tuple[str, int, int]] = (
         ("global", shape.num_masks, shape.image_size),
         ("local", shape.num_local_crops, shape.local_size),
@@ -43,7 +43,7 @@ def _cropped_by(crops: Crops, shape: ModelShape) -> Callable[[np.ndarray, int], 
     def views(pixels: np.ndarray, seed: int) -> dict[str, Tensor]:
         draw, image, found = random.Random(seed), torch.from_numpy(pixels), {}
         for kind, count, size in kinds:
-            boxes = [transform.random_box(HEIGHT, WIDTH, SCALES[kind], draw) for _ in range(count)]
+            boxes = [random_box(HEIGHT, WIDTH, SCALES[kind], draw) for _ in range(count)]
             flips = [draw.random() < 0.5 for _ in boxes]
             found[f"{kind}_views"] = crops(image, torch.tensor(boxes), torch.tensor(flips), size)
         return found
@@ -53,13 +53,16 @@ def _cropped_by(crops: Crops, shape: ModelShape) -> Callable[[np.ndarray, int], 
 
 def build_case(shape: ModelShape, batch: int, dtype: torch.dtype, device: torch.device, providers: list[str]) -> Case:
     """Verify the views of every provider against Pillow's, and return what to time."""
+    from benchmarks.ops import crop_resize  # needs Pillow, which no other model suite does
+    from stellar_fast.data import MultiViewTransform
+
     images = photos(batch)
     transforms = {"plain": _cropped_by(crop_resize.plain, shape)}
     if "libraries" in providers:
         transforms["torch.interpolate"] = _cropped_by(crop_resize.interpolate, shape)
     if "stellar_fast" in providers:
         sizes = shape.image_size, shape.local_size, shape.num_masks, shape.num_local_crops
-        transforms["stellar_fast"] = transform.MultiViewTransform(*sizes)
+        transforms["stellar_fast"] = MultiViewTransform(*sizes)
     exact = transforms["plain"](images[0], 0)
 
     def call(views: Callable) -> Callable[[], list]:
