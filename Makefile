@@ -1,4 +1,4 @@
-# make demo | test | bench | inspect | lint | sanitize    each sets up .venv first when it is missing or stale
+# make demo | test | bench | readme-numbers | inspect | lint | sanitize    each sets up .venv first when it is missing or stale
 #   PYTHON=python3.12                    the interpreter to build .venv with
 #   TORCH_INDEX=<url>                    where to take torch from, such as PyTorch's CPU index (no CUDA packages)
 PYTHON ?= python3
@@ -11,7 +11,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp c
 export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
-.PHONY: help demo test bench inspect lint sanitize clean
+.PHONY: help demo test bench readme-numbers inspect lint sanitize clean
 help:
 	@sed -n 's/^# *//p;/^$$/q' Makefile | head -3
 
@@ -24,6 +24,9 @@ test: lint
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+readme-numbers: $(STAMP)
+	$(BIN)/python benchmarks/readme.py
 
 inspect: $(STAMP)
 	$(BIN)/stellar-fast inspect --all

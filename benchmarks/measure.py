@@ -1,27 +1,10 @@
-"""Measuring: interleaved timing, memory, ceilings of the machine, and the result file.
+"""Measuring: interleaved timing, memory, and the ceilings of the machine.
 
-Two providers are timed in one process in alternating order, so that a slow minute of a shared machine falls on both.
+Providers are timed in one process in alternating order, so that a slow minute of a shared machine falls on all.
 What is quoted is a ratio of medians with the 20th and 80th percentile of the ratios of single rounds; an absolute time
 of a shared machine means little.
-
-One row of the CSV file is one measurement of one provider:
-
-    date, suite, op, direction, provider                     what ran: `op` of the suite ops (or another function of
-                                                             its room), "forward[+backward]"
-    preset, shape, batch, dtype                              sizes (`dtype` bf16: autocast over fp32 weights; an op's
-                                                             inputs are bf16 themselves)
-    device, device_name, threads, allocator                  where (`allocator`: see `set_allocator`)
-    rounds, median_ms, p20_ms, p80_ms                        wall time of one call
-    ratio, ratio_p20, ratio_p80                              plain's time over this provider's: above 1 is faster
-    flops, bytes                                             what the mathematics needs (`benchmarks/shapes.py`)
-    gflop_per_s, gemm_gflop_per_s, gemm_share                flops over time; large products in the same rounds; share
-    gb_per_s, copy_gb_per_s                                  bytes over time; a large copy
-    peak_extra_mib                                           memory of one call beyond what was held before it
-    worst_check                                              largest error over its tolerance; a row exists only below 1
-    torch, triton, python, commit                            versions (`commit` ends in -dirty with uncommitted changes)
 """
 
-import csv
 import ctypes
 import datetime
 import importlib.metadata
@@ -31,7 +14,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -41,47 +24,7 @@ import torch.nn.functional as F
 Call = Callable[[], object]
 Timer = Callable[[Call], float]
 
-NOTHING = float("nan")  # in a row: not measured
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the result file; the fields are explained at the head of this module."""
-
-    date: str
-    suite: str
-    op: str
-    direction: str
-    provider: str
-    preset: str
-    shape: str
-    batch: int
-    dtype: str
-    device: str
-    device_name: str
-    threads: int
-    allocator: str
-    rounds: int
-    median_ms: float = NOTHING
-    p20_ms: float = NOTHING
-    p80_ms: float = NOTHING
-    ratio: float = NOTHING
-    ratio_p20: float = NOTHING
-    ratio_p80: float = NOTHING
-    flops: float = 0.0
-    bytes: int = 0
-    gflop_per_s: float = NOTHING
-    gemm_gflop_per_s: float = NOTHING
-    gemm_share: float = NOTHING
-    gb_per_s: float = NOTHING
-    copy_gb_per_s: float
-    peak_extra_mib: float | None = None
-    worst_check: float = NOTHING
-    torch: str
-    triton: str
-    python: str
-    commit: str
 
 
 @dataclass(frozen=True)
@@ -140,7 +83,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Times in ms of each call, all calls once a round, the order turned around every round.
 
-    The calls must be warm. `rounds=None` takes as many rounds as fit in `budget_s`, but between 3 and 200.
+    The calls must be warm. `rounds=None` takes as many rounds as fit in `budget_s` (and in 0.3 s, which cheap calls may
+    always have), but between 3 and 200.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -152,17 +96,17 @@ def interleave(
         done += 1
         if rounds is None:
             round_s = sum(map(sum, samples.values())) / 1e3 / done
-            total = min(200, max(3, int(budget_s / max(round_s, 1e-6))))
+            total = min(200, max(3, int(max(budget_s, 0.3) / max(round_s, 1e-6))))
         progress(done, max(done, total))
     return samples
 
 
-def peak_extra_mib(call: Call, device: torch.device) -> float | None:
+def peak_extra_mib(call: Call, device: torch.device) -> float:
     """Memory in MiB that one call needs at its peak beyond what is held before it.
 
     CUDA: torch's allocator. Linux on the CPU: resident memory of the process, after glibc has handed its free blocks
     back and operators what they keep between calls, so that this and memory which torch does not see (oneDNN, native
-    code) count too. None where the system cannot tell.
+    code) count too. NaN where the system cannot tell.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -182,7 +126,7 @@ def peak_extra_mib(call: Call, device: torch.device) -> float | None:
         return (_status_kib("VmHWM") - before_kib) / 1024
     except (OSError, AttributeError):
         call()
-        return None
+        return float("nan")
 
 
 def _status_kib(field: str) -> int:
@@ -192,25 +136,36 @@ def _status_kib(field: str) -> int:
     return int(found.group(1))
 
 
-def gemm(dtype: torch.dtype, device: torch.device) -> tuple[Call, float]:
-    """A large product by torch's default path, and its FLOPs: what a step's arithmetic is held against."""
-    rows, inner, outer = (8192, 8192, 8192) if device.type == "cuda" else (2048, 1024, 2048)
+def gemms(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Call], float]:
+    """A large product by each library that is here, torch's default path first, and its FLOPs."""
+    rows, inner, outer = (8192, 8192, 8192) if device.type == "cuda" else (2048, 2048, 2048)
     x = torch.randn(rows, inner, device=device).to(dtype)
     weight = torch.randn(outer, inner, device=device).to(dtype)
-    repeats = 2  # one product alone is too short to time beside a step
-
-    def call() -> None:
-        for _ in range(repeats):
-            F.linear(x, weight)
-
-    return call, 2.0 * repeats * rows * inner * outer
+    products: dict[str, Call] = {"torch": lambda: F.linear(x, weight)}
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return products, 2.0 * rows * inner * outer
 
 
-def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device, timer: Timer, rounds: int = 7) -> float:
-    """The rate of that product on its own."""
-    call, flops = gemm(dtype, device)
-    call()
-    return flops / summarise([timer(call) for _ in range(rounds)]).median / 1e6
+@dataclass
+class Ceilings:
+    """What this machine reaches in this run: a large copy, and large products in GFLOP/s by dtype and library."""
+
+    copy_gb_per_s: float
+    gemm_gflop_per_s: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def floor_ms(self, flops: float, bytes: float, dtype: str) -> float:
+        """No call that needs these can be faster."""
+        products_ms = flops / max(self.gemm_gflop_per_s[dtype].values()) / 1e6 if flops else 0.0
+        return max(products_ms, bytes / self.copy_gb_per_s / 1e6)
+
+
+def gemm_gflop_per_s(dtype: torch.dtype, device: torch.device, timer: Timer, rounds: int = 7) -> dict[str, float]:
+    """The rate of those products by library, of the fastest round: what shares are taken of is a ceiling."""
+    calls, flops = gemms(dtype, device)
+    for call in calls.values():
+        call()
+    return {name: flops / min(times) / 1e6 for name, times in interleave(calls, timer, rounds, 0).items()}
 
 
 def copy_gb_per_s(device: torch.device, timer: Timer, rounds: int = 7) -> float:
@@ -253,6 +208,7 @@ def machine_facts(device: torch.device, allocator: str) -> dict[str, str | int]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "allocator": allocator,
+        "config": " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("STELLAR_FAST_")),
         "torch": torch.__version__,
         "triton": triton,
         "python": platform.python_version(),
@@ -284,36 +240,3 @@ def git_commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def result_path(folder: Path, facts: Mapping[str, str | int]) -> Path:
-    """<folder>/<device>-torch<version>-<date>.csv"""
-    device = re.sub(r"[^a-z0-9]+", "-", str(facts["device_name"]).lower()).strip("-")
-    version = str(facts["torch"]).split("+")[0]
-    return folder / f"{device}-torch{version}-{str(facts['date'])[:10]}.csv"
-
-
-def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a result file; the file is replaced whole, so that a reader never sees half a row.
-
-    A file of an earlier version gets the columns that it lacks, empty.
-
-    Raises:
-        ValueError: the file has columns that are not written any more.
-    """
-    columns = [f.name for f in fields(Row)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    old = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    if old and not set(old[0]) <= set(columns):
-        raise ValueError(f"{path} has columns {','.join(old[0])} but this version writes {','.join(columns)}")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(old)
-        writer.writerows(_printable(asdict(row)) for row in rows)
-    os.replace(temporary, path)
-
-
-def _printable(row: dict) -> dict:
-    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}

@@ -2,7 +2,7 @@
 
 import importlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,11 +41,13 @@ def build_cases(
     device: torch.device,
     say: Callable[[str], object],
     function: str = "",
+    groups: Sequence[str] = ("stellar_fast", "libraries"),
 ) -> list[Case]:
     """Verify the providers of an operator, and return what to time: forward, and with backward where it has one.
 
-    `function` is one of `functions(op)`, by default the operator. A provider that does not take this shape or dtype, or
-    whose own kernel would not run, is left out, with a word by `say`.
+    `function` is one of `functions(op)`, by default the operator. Of the providers plain runs in any case; `groups` may
+    ask for "stellar_fast", "libraries" and "plain_compiled". One that does not take this shape or dtype, or whose own
+    kernel would not run, is left out, with a word by `say`.
     """
     formula, module = load(op), _module(op)
     spec, as_formula = _further(op).get(function, (formula, None))
@@ -53,19 +55,28 @@ def build_cases(
     inputs = spec.make_inputs(shape, dtype, device, torch.Generator().manual_seed(0))
     inputs |= getattr(module, "ARGUMENTS", {})
     gradients = [name for name in spec.gradients if isinstance(inputs.get(name), Tensor)]
-    providers: dict[str, Provider] = dict(module.PROVIDERS)
-    for name in fast_backends(op, device.type) or ["reference"]:
-        providers[f"stellar_fast.{name}"] = _ours(spec, name)
+    plain: Provider = module.PROVIDERS["plain"]
+    providers: dict[str, Provider] = {"plain": plain}
+    if "plain_compiled" in groups:
+        providers["plain_compiled"] = _compiled(plain)
+    if "libraries" in groups:
+        providers |= module.PROVIDERS
+    if "stellar_fast" in groups:
+        backends = fast_backends(op, device.type) or ["reference"]
+        providers |= {f"stellar_fast.{name}": _ours(spec, name) for name in backends}
 
     exact = _tensors(formula.reference, _doubled(inputs), gradients)
     errors: dict[str, dict[str, float]] = {}
+    left_out = []
     for name, provider in list(providers.items()):
-        verified = _then(provider, as_formula) if as_formula and name not in module.PROVIDERS else provider
+        verified = _then(provider, as_formula) if as_formula and name.startswith("stellar_fast.") else provider
         try:
             errors[name] = _errors(_tensors(verified, inputs, gradients), exact, formula.integer_tolerance)
         except DoesNotRun as reason:
-            say(f"{name} is left out: {reason}")
+            left_out.append(f"{name} ({reason})")
             del providers[name]
+    if left_out:
+        say(f"left out: {', '.join(left_out)}")
     copies = _rotation(inputs, gradients)
     return [
         Case(
@@ -102,6 +113,17 @@ def _further(op: str) -> Mapping[str, tuple[OpSpec, Provider]]:
 
 def _then(provider: Provider, convert: Provider) -> Provider:
     return lambda **arguments: convert(provider(**arguments), **arguments)
+
+
+def _compiled(plain: Provider) -> Provider:
+    compiled = torch.compile(plain, dynamic=False)
+
+    def run(**arguments: Any) -> Any:
+        if not any(isinstance(x, Tensor) and x.is_floating_point() for x in arguments.values()):
+            raise DoesNotRun("nothing to compile in what torch does not compute")
+        return compiled(**arguments)
+
+    return run
 
 
 def _ours(spec: OpSpec, name: str) -> Provider:

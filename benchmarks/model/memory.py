@@ -7,13 +7,16 @@ What counts is beyond the gradients and the inputs, among them the clean view's 
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import DTYPES, peak_extra_mib
+from benchmarks.measure import DTYPES, Ceilings, peak_extra_mib
 from benchmarks.plain.objectives import sinkhorn, soft_cross_entropy
+from benchmarks.results import Row
 from benchmarks.shapes import ModelShape, model_shape
 
 BATCH = 128  # images
@@ -41,6 +44,49 @@ def extra_mib(provider: str, preset: str, batch: int, dtype: str, device: str) -
 def disagreement(loss: float, plain_loss: float, dtype: str) -> float:
     """Relative difference of a loss from plain's as a share of what is allowed: not below 1 is wrong, NaN too."""
     return abs(loss - plain_loss) / abs(plain_loss) / LOSS_TOLERANCE[dtype]
+
+
+def rows(
+    preset: str,
+    batch: int | None,
+    dtypes: Sequence[str],
+    facts: Mapping[str, Any],
+    ceilings: Ceilings,
+    say: Callable[[str], object],
+) -> tuple[list[Row], int]:
+    """Rows without times, and how many providers were wrong: their loss is not plain's."""
+    shape, batch = model_shape(preset), batch or BATCH
+    R, T = sizes(shape, batch)
+    found, wrong = [], 0
+    for dtype in dtypes:
+        peaks, losses = {}, {}
+        for provider in PROVIDERS:
+            say(f"memory {dtype}: {provider}")
+            peaks[provider], losses[provider] = extra_mib(provider, preset, batch, dtype, facts["device"])
+            error = disagreement(losses[provider], losses["plain"], dtype)
+            if not error < 1:
+                wrong += 1
+                verdict = f"loss {losses[provider]:.6g} beside plain's {losses['plain']:.6g}"
+                say(f"memory {dtype}: {provider} is WRONG and is not reported, {verdict}")
+                continue
+            found.append(
+                Row(
+                    **facts,
+                    suite="memory",
+                    op="prototype_cross_entropy",
+                    direction="forward+backward",
+                    provider=provider,
+                    preset=shape.preset,
+                    shape=f"B={batch} R={R} T={T} E={shape.prototype_dim} C={shape.num_clusters}",
+                    batch=batch,
+                    dtype=dtype,
+                    rounds=1,
+                    copy_gb_per_s=ceilings.copy_gb_per_s,
+                    peak_extra_mib=peaks[provider],
+                    worst_check=error,
+                )
+            )
+    return found, wrong
 
 
 def _loss(provider: str, features: Tensor, prototypes: Tensor, index: Tensor, targets: tuple) -> Tensor:
@@ -92,7 +138,7 @@ def main() -> None:
     call, gradients = _call(options.provider, R, T, shape.num_clusters, shape.prototype_dim, dtype, device)
     losses: list[Tensor] = []
     peak = peak_extra_mib(lambda: losses.append(call()), device)
-    print("nan" if peak is None else peak - gradients / 2**20, losses[0].item())
+    print(peak - gradients / 2**20, losses[0].item())
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison, ready to be timed. `checks` says by provider how well it agrees."""
+    """A comparison, ready to be timed.
+
+    `checks` says by provider how well it agrees; one without was verified elsewhere. `threads` is torch's number of
+    them, where it is not the process's.
+    """
 
     suite: str
     shape: str
@@ -42,6 +46,7 @@ class Case:
     op: str = ""
     direction: str = "forward"
     preset: str = ""
+    threads: int | None = None
 
     def worst(self, provider: str) -> Check:
         return max(self.checks[provider], key=lambda check: check.error)

@@ -1,11 +1,12 @@
-"""Upstream's soft cross-entropy over gathered targets; torch's own for soft targets as the library's way.
+"""Upstream's soft cross-entropy over gathered targets; torch's own for soft targets as the library's ways.
 
-Both get the assignments as a matrix, as upstream's Sinkhorn-Knopp gives them; it is made before the clock starts.
+All get the assignments as a matrix, as upstream's Sinkhorn-Knopp gives them; it is made before the clock starts.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.operators import DoesNotRun
 from benchmarks.plain import objectives
 from stellar_fast.ops.sinkhorn import SinkhornTargets
 
@@ -34,4 +35,18 @@ def cross_entropy(
     return F.cross_entropy(logits.float() / temperature, assignments(targets)[index])
 
 
-PROVIDERS = {"plain": plain, "torch.cross_entropy": cross_entropy}
+def linear_cross_entropy(
+    features: Tensor, prototypes: Tensor, targets: SinkhornTargets, index: Tensor, temperature: float = 0.12
+) -> Tensor:
+    """Its chunks take class indices alone; soft targets go through whole logits, in the dtype of the features."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise DoesNotRun("this torch has none")
+    soft = assignments(targets)[index]
+    return F.linear_cross_entropy(features.to(soft.dtype) / temperature, prototypes.to(soft.dtype), soft)
+
+
+PROVIDERS = {
+    "plain": plain,
+    "torch.cross_entropy": cross_entropy,
+    "torch.linear_cross_entropy": linear_cross_entropy,
+}

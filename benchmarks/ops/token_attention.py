@@ -1,6 +1,7 @@
 """torch's attention over the runs of equal length, as upstream calls it for each kind of view.
 
-`plain` leaves the choice of SDPA's backend to torch; on CUDA each of them runs as a provider of its own too.
+`plain` leaves the choice of SDPA's backend to torch; on CUDA each of them runs as a provider of its own too, beside the
+packed attention of torch, flash-attn and xformers, where these are installed.
 """
 
 from collections.abc import Sequence
@@ -33,25 +34,67 @@ def plain(
     return torch.cat(outs)
 
 
-def by(backend: SDPBackend) -> Provider:
-    """`plain` by one of SDPA's backends, which may not take the dtype or the head's width."""
+def sdpa(backend: SDPBackend) -> Provider:
+    """`plain` by one of SDPA's backends."""
+
+    def run(q: Tensor, **others: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return plain(q, **others)
+
+    return _on_cuda(run)
+
+
+def nested(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, groups: Any) -> Tensor:
+    pairs = ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))
+    sides = [torch.nested.nested_tensor_from_jagged(x, starts.long()).transpose(1, 2) for x, starts in pairs]
+    return F.scaled_dot_product_attention(*sides).transpose(1, 2).values()
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, groups: Any) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = [max(group[i] for group in groups) for i in (1, 2)]
+    return varlen_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest)  # type: ignore[return-value]
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, groups: Any) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    longest = [max(group[i] for group in groups) for i in (1, 2)]
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, groups: Any) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    lengths = [[length for group in groups for length in [group[i]] * group[0]] for i in (1, 2)]
+    mask = BlockDiagonalMask.from_seqlens(*lengths)
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+
+
+def _on_cuda(attention: Provider) -> Provider:
+    """No choice on a CPU. On CUDA a library may be missing, or not take the dtype or the head's width."""
 
     def run(q: Tensor, **others: Any) -> Tensor:
         if q.device.type != "cuda":
             raise DoesNotRun("compared on CUDA only")
         try:
-            with sdpa_kernel(backend):
-                return plain(q, **others)
-        except RuntimeError as error:
-            raise DoesNotRun(error) from None
+            return attention(q=q, **others)
+        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+            raise DoesNotRun((str(error).splitlines() or [type(error).__name__])[0]) from None
 
     return run
 
 
 PROVIDERS = {
     "plain": plain,
-    "torch.sdpa_flash": by(SDPBackend.FLASH_ATTENTION),
-    "torch.sdpa_efficient": by(SDPBackend.EFFICIENT_ATTENTION),
-    "torch.sdpa_cudnn": by(SDPBackend.CUDNN_ATTENTION),
-    "torch.sdpa_math": by(SDPBackend.MATH),
+    "torch.sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    "torch.sdpa_efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+    "torch.sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "torch.sdpa_math": sdpa(SDPBackend.MATH),
+    "torch.nested": _on_cuda(nested),
+    "torch.varlen_attn": _on_cuda(varlen),
+    "flash_attn": _on_cuda(flash_attn),
+    "xformers": _on_cuda(xformers),
 }

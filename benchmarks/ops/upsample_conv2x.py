@@ -23,10 +23,6 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None, stats_groups: i
     return _with_statistics(_upsampled(x, weight, bias), stats_groups)
 
 
-def sliced(x: Tensor, weight: Tensor, bias: Tensor | None = None, stats_groups: int | None = None):
-    return _with_statistics(_sliced(x, _phase_weights(weight), bias), stats_groups)
-
-
 def _upsampled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight = (t.contiguous(memory_format=_CHANNELS_LAST) for t in (x, weight))
     return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=1)
@@ -61,7 +57,7 @@ def _with_statistics(out: Tensor, groups: int | None) -> Tensor | tuple[Tensor, 
         return out, torch.stack((mean, variance), dim=2)
 
 
-PROVIDERS = {"plain": plain, "sliced": sliced}
+PROVIDERS = {"plain": plain}
 
 
 @torch.no_grad()
