@@ -274,7 +274,7 @@ def _row_pass(
         column.data_ptr(),
         row.data_ptr(),
         *(0 if x is None or not x.numel() else x.data_ptr() for x in (sums, out, entropy, first)),
-        _parts(logits),
+        _parts(logits) if sums is None or not sums.numel() else len(sums),
     )
 
 
