@@ -9,6 +9,7 @@
     python benchmarks/run.py --suite codes,decode               the frozen VQGAN
     python benchmarks/run.py --suite objective --providers plain,plain_compiled,stellar_fast
     python benchmarks/run.py --device cuda --dtype bf16 --batch 32
+    python benchmarks/run.py --suite step --against HEAD~5      exit code 1 when it is slower than that commit (or file)
 
 Images by default: encode 8, step 2, objective 8, memory 128.
 
@@ -28,7 +29,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script: the root holds `benchmarks`
 
-from benchmarks import measure, operators, shapes
+from benchmarks import against, measure, operators, shapes
 from benchmarks.measure import DTYPES, Row
 from benchmarks.model import encode, memory, objective, scaling, step, vqgan
 from benchmarks.model.pair import Case
@@ -92,6 +93,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_choices("provider", PROVIDERS),
         default=["plain", "stellar_fast"],
         help=f"of the models, of {', '.join(PROVIDERS)} (default: plain,stellar_fast; plain runs in any case)",
+    )
+    parser.add_argument(
+        "--against", metavar="FILE_OR_COMMIT", help="results, or a commit to build and take turns with; slower exits 1"
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV files")
     options = parser.parse_args(arguments)
@@ -428,8 +432,11 @@ def _print_table(title: str, lines: Sequence[dict[str, str]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suites; the exit code is 1 when a provider was wrong."""
+    """Run the suites; the exit code is 1 when a provider was wrong, or slower than what it was held against."""
     options = parse(arguments)
+    if options.against and not Path(options.against).is_file():
+        compare = functools.partial(against.with_commit, options.against, options, plan(options), say)
+        return against.conclude(compare, say, _print_table)
     device = torch.device(options.device)
     facts = measure.machine_facts(device, options.allocator)
     copy_gb_per_s = measure.copy_gb_per_s(device, measure.timer_for(device))
@@ -453,6 +460,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = measure.result_path(options.out, facts)
         measure.append_rows(path, rows)
         print(f"{len(rows)} rows -> {path}")
+    if options.against:
+        compare = functools.partial(against.with_file, rows, Path(options.against))
+        return against.conclude(compare, say, _print_table) or bool(wrong)
     return 1 if wrong or not rows else 0
 
 

@@ -1,0 +1,188 @@
+"""Compare this version's speed with that of a result file or of a commit (`run.py --against`).
+
+A file's milliseconds are of another hour, perhaps of a machine that was busy then, so what is compared is each
+provider's ratio to plain, which was taken in turns. A slowdown is one where the two spreads do not touch.
+
+A commit's package is built into an environment of its own (benchmarks/environment.py). Two worker processes build and
+verify the present tree's cases with a package each; then they take turns, call by call, the order turned around every
+round. The run tells its own noise: the ratio of the sides in one half of the rounds against that in the other half
+would be 1 without. A slowdown beyond it counts when two fresh processes show it again, since one process can be slow
+for its whole life by where its memory happens to lie.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import environment, resolve, tail
+from benchmarks.measure import Row, Summary, summarise
+from benchmarks.turns import Answer, Found, Planned, Point, Say, Worker, take_turns, verdict
+
+# what makes two rows the same measurement
+KEY = ("suite", "op", "direction", "provider", "shape", "batch", "dtype", "device_name", "threads", "allocator")
+WORKER = Path(__file__).with_name("worker.py")
+LEAST_ROUNDS = 4  # of which halves say something
+
+
+@dataclass(frozen=True)
+class Report:
+    """A table to print, what is left out of it and why, and what got slower or is wrong."""
+
+    title: str
+    lines: list[dict[str, str]]
+    left_out: list[str]
+    failed: list[str]
+
+
+def with_file(rows: Sequence[Row], path: Path) -> Report:
+    """Hold measured rows against those of a result file; where one measurement is there more than once, the last.
+
+    Raises:
+        ValueError: the file is none of results, or has no row of any of these measurements.
+    """
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        lacking = [column for column in (*KEY, "ratio", "median_ms") if column not in (reader.fieldnames or [])]
+        if lacking:
+            raise ValueError(f"{path} is not a file of results: it has no column {lacking[0]!r}")
+        lines = list(reader)
+    found = {tuple(line[column] for column in KEY): line for line in lines}
+    table, left_out, slower = [], [], []
+    for row in rows:
+        if math.isnan(row.median_ms) or row.provider == "plain":
+            continue
+        name = " ".join(filter(None, (row.op or row.suite, row.preset, row.dtype, row.direction, row.provider)))
+        then = found.get(_key(row))
+        if then is None:
+            left_out.append(f"{name}: {_nearest(row, lines)}")
+            continue
+        line = {"": name, "ms then": _ms(_number(then["median_ms"])), "ms now": _ms(row.median_ms)}
+        was, said = _ratio_of(then), "no ratio to plain"
+        if not math.isnan(was.median + row.ratio):
+            said = verdict(row.ratio_p80 < was.p20, row.ratio_p20 > was.p80)
+        spread = Summary(row.ratio, row.ratio_p20, row.ratio_p80)
+        table.append(line | {"vs plain then": _spread(was), "vs plain now": _spread(spread), "verdict": said})
+        if said == "SLOWER":
+            slower.append(name)
+    if not table:
+        raise ValueError(f"{path} has none of these measurements; " + (left_out or ["nothing was measured"])[0])
+    title = f"Against {path.name}: ratios to plain; milliseconds of another hour say little"
+    return Report(title, table, left_out, slower)
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return tuple(str(getattr(row, column)) for column in KEY)
+
+
+def _nearest(row: Row, lines: Sequence[Mapping[str, str]]) -> str:
+    """Why no line is of the same measurement: where the nearest one differs."""
+    wanted = dict(zip(KEY, _key(row), strict=True))
+    differ = [[column for column in KEY if line[column] != wanted[column]] for line in lines]
+    if not differ:
+        return "the file is empty"
+    i = min(range(len(lines)), key=lambda i: len(differ[i]))
+    return "the nearest has " + ", ".join(f"{c} {lines[i][c]!r} instead of {wanted[c]!r}" for c in differ[i])
+
+
+def _number(text: str | None) -> float:
+    return float(text) if text else math.nan
+
+
+def _ratio_of(line: Mapping[str, str]) -> Summary:
+    return Summary(*(_number(line.get(column)) for column in ("ratio", "ratio_p20", "ratio_p80")))
+
+
+def with_commit(commit: str, options: argparse.Namespace, plans: Sequence[Planned], say: Say) -> Report:
+    """Time the plans with the package of a commit and with the present one, taking turns.
+
+    Raises:
+        ValueError: no such commit, it does not build, or too few rounds to know their noise.
+        RuntimeError: a worker died.
+    """
+    if options.rounds is not None and options.rounds < LEAST_ROUNDS:
+        raise ValueError(f"noise is measured from at least {LEAST_ROUNDS} rounds but --rounds is {options.rounds}")
+    sha = resolve(commit)
+    say(f"{sha[:12]}: environment")
+    python = environment(sha, options.device)
+    settings = {name: value for name, value in vars(options).items() if name != "shape"}
+
+    def measure(chosen: Sequence[Planned], budget_s: float) -> Found:
+        with contextlib.ExitStack() as stack:
+            sides = [(sha[:12], python), ("now", sys.executable)]
+            old, new = (stack.enter_context(Worker(name, [path, WORKER])) for name, path in sides)
+            _check(*(side.ask(options=settings, threads=torch.get_num_threads()) for side in (old, new)), python)
+            return take_turns(old, new, chosen, options.rounds, budget_s, say)
+
+    found = measure(plans, options.budget)
+    points = found.points
+    doubtful = {point.label for point in points if point.verdict == "SLOWER"}
+    if doubtful:
+        say(f"slower: {', '.join(sorted(doubtful))}; once more in fresh processes")
+        again = measure([planned for planned in plans if planned.label in doubtful], options.budget / 2)
+        second = {point.name: point for point in again.points}
+        points = [second.get(point.name, point) if point.verdict == "SLOWER" else point for point in points]
+    title = f"Against {sha[:12]}, {torch.get_num_threads()} threads, allocator {options.allocator}"
+    failed = [f"{point.name}: {point.ratio.median:.2f}x" for point in points if point.verdict == "SLOWER"]
+    return Report(title, [_line(point) for point in points], found.left_out, found.wrong + failed)
+
+
+def _check(old: Answer, new: Answer, python: Path) -> None:
+    """Raises ValueError where the sides do not differ in their packages alone."""
+    folder = python.parents[1]
+    if not Path(old["package"]).is_relative_to(folder):
+        raise ValueError(f"{python} takes the package of {old['package']}: remove {folder} and run again")
+    if old["native"] and not new["native"]:
+        log = folder / "build.log"
+        raise ValueError(f"the commit's C++ does not build ({old['native']}):\n{tail(log)}\nall of it: {log}")
+    for name in ("torch", "threads"):
+        if old[name] != new[name]:
+            raise ValueError(f"the sides differ in {name}: {old[name]} and {new[name]}")
+
+
+def conclude(
+    compare: Callable[[], Report], say: Say, print_table: Callable[[str, list[dict[str, str]]], object]
+) -> int:
+    """Print a comparison; the exit code is 1 when something got slower, 2 when there was nothing to compare."""
+    try:
+        report = compare()
+    except (ValueError, RuntimeError) as error:
+        say(f"error: --against: {error}")
+        return 2
+    for text in report.left_out:
+        say(f"left out: {text}")
+    if report.lines:
+        print_table(report.title, report.lines)
+    for text in report.failed:
+        print(f"SLOWER OR WRONG: {text}")
+    if not report.lines and not report.failed:
+        say("error: --against: nothing to compare is left")
+        return 2
+    return 1 if report.failed else 0
+
+
+def _line(point: Point) -> dict[str, str]:
+    return {
+        "": f"{point.label} {point.direction}",
+        "provider": point.provider,
+        "rounds": str(len(point.old_ms)),
+        "ms then": _ms(summarise(point.old_ms).median),
+        "ms now": _ms(summarise(point.new_ms).median),
+        "then / now (p20 - p80)": _spread(point.ratio),
+        "noise": f"{point.noise:.1%}",
+        "verdict": point.verdict,
+    }
+
+
+def _ms(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def _spread(speed: Summary) -> str:
+    return f"{speed.median:.2f} ({speed.p20:.2f} - {speed.p80:.2f})"
