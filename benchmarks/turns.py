@@ -21,7 +21,7 @@ TURN_MS = 20.0  # calls of one turn last at least so long together: a process wa
 ROUNDS = (8, 100)  # fewest and most that the budget gives
 HALVINGS = 400  # drawn to find the noise
 NOISE_SHARE = 0.9  # of them stay within what is called the noise: 2.3 standard errors of the ratio
-LEAST_NOISE = 0.02  # TODO
+LEAST_NOISE = 0.03  # long calls of one commit against itself were up to 2 % apart on 2 cores
 
 Answer = dict[str, Any]
 Say = Callable[..., object]
@@ -103,9 +103,13 @@ class Point:
     def noise(self) -> float:
         return noise(self.old_ms, self.new_ms)
 
+    def margin(self) -> float:
+        """The ratio over the lowest one that noise alone explains."""
+        return self.ratio.median * (1 + self.noise)
+
     @property
     def verdict(self) -> str:
-        return verdict(self.ratio.median < 1 / (1 + self.noise), self.ratio.median > 1 + self.noise)
+        return verdict(self.margin() < 1, self.ratio.median > 1 + self.noise)
 
 
 def verdict(slower: bool, faster: bool) -> str:

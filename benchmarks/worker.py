@@ -60,11 +60,11 @@ def build(plans: Mapping[str, Plan], label: str) -> dict[str, Case]:
 
 
 def time_ms(case: Case, provider: str, repeats: int, timer: Timer) -> float:
-    """Of one call. A short one is repeated, after one that wakes threads and caches from the other worker's turn."""
+    """Of one call; of a short one the median, after a call that wakes threads from the other worker's turn."""
     call = case.calls[provider]
     if repeats > 1:
         call()
-    return sum(timer(call) for _ in range(repeats)) / repeats
+    return measure.summarise([timer(call) for _ in range(repeats)]).median
 
 
 def serve(requests: IO[str], answers: IO[str], plans: Mapping[str, Plan], timer: Timer) -> None:
