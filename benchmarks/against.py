@@ -6,7 +6,7 @@ provider's ratio to plain, which was taken in turns. A slowdown is one where the
 A commit's package is built into an environment of its own (benchmarks/environment.py). Two worker processes build and
 verify the present tree's cases with a package each; then they take turns, call by call, the order turned around every
 round. The run tells its own noise: the ratio of the sides in one half of the rounds against that in the other half
-would be 1 without. A slowdown beyond it is believed when fresh processes show it too, for a process can be slow for its
+would be 1 without. A difference beyond it is believed when fresh processes show it too, for a process can be slow for its
 whole life by where its memory happens to lie: a commit against itself gave 0.81 and 1.30x for two short operators in
 one pair of processes (2 cores of an AMD EPYC, 2026-11-23).
 """
@@ -29,7 +29,7 @@ from benchmarks.turns import Answer, Found, Planned, Point, Say, Worker, take_tu
 # what makes two rows the same measurement
 KEY = ("suite", "op", "direction", "provider", "shape", "batch", "dtype", "device_name", "threads", "allocator")
 WORKER = Path(__file__).with_name("worker.py")
-PROCESSES = 3  # pairs of them that have to show a slowdown
+PROCESSES = 3  # pairs of them that have to show a difference
 LEAST_ROUNDS = 4  # of which halves say something
 
 
@@ -123,18 +123,17 @@ def with_commit(commit: str, options: argparse.Namespace, plans: Sequence[Planne
             return take_turns(old, new, chosen, options.rounds, budget_s, say)
 
     found = measure(plans, options.budget)
-    points = {point.name: point for point in found.points}
+    pairs = {point.name: [point] for point in found.points}
     for _ in range(PROCESSES - 1):
-        doubtful = {point.label for point in points.values() if point.verdict == "SLOWER"}
-        if not doubtful:
+        differ = {points[0].label for points in pairs.values() if _common_verdict(points) != "same"}
+        if not differ:
             break
-        say(f"slower: {', '.join(sorted(doubtful))}; again in fresh processes")
-        again = measure([planned for planned in plans if planned.label in doubtful], options.budget / 2)
-        seen_slower = [point for point in again.points if points[point.name].verdict == "SLOWER"]
-        points |= {point.name: max(point, points[point.name], key=Point.margin) for point in seen_slower}
-    slower = [f"{point.name}: {point.ratio.median:.2f}x" for point in points.values() if point.verdict == "SLOWER"]
+        say(f"not the same: {', '.join(sorted(differ))}; again in fresh processes")
+        for point in measure([planned for planned in plans if planned.label in differ], options.budget / 2).points:
+            pairs[point.name].append(point)
+    slower = [name for name, points in pairs.items() if _common_verdict(points) == "SLOWER"]
     title = f"Against {sha[:12]}, {torch.get_num_threads()} threads, allocator {options.allocator}"
-    return Report(title, [_line(point) for point in points.values()], found.left_out, found.wrong + slower)
+    return Report(title, [_line(points) for points in pairs.values()], found.left_out, found.wrong + slower)
 
 
 def _check(old: Answer, new: Answer, python: Path) -> None:
@@ -171,16 +170,24 @@ def conclude(
     return 1 if report.failed else 0
 
 
-def _line(point: Point) -> dict[str, str]:
+def _common_verdict(pairs: Sequence[Point]) -> str:
+    """Of one point in several pairs of processes: "same" unless they agree."""
+    verdicts = {point.verdict for point in pairs}
+    return verdicts.pop() if len(verdicts) == 1 else "same"
+
+
+def _line(pairs: Sequence[Point]) -> dict[str, str]:
+    """Shows the pair that saw the least difference."""
+    point = min(pairs, key=lambda point: abs(math.log(point.ratio.median)))
     return {
         "": f"{point.label} {point.direction}",
         "provider": point.provider,
-        "rounds": str(len(point.old_ms)),
+        "processes x rounds": f"{len(pairs)} x {len(point.old_ms)}",
         "ms then": _ms(summarise(point.old_ms).median),
         "ms now": _ms(summarise(point.new_ms).median),
         "then / now (p20 - p80)": _spread(point.ratio),
         "noise": f"{point.noise:.1%}",
-        "verdict": point.verdict,
+        "verdict": _common_verdict(pairs),
     }
 
 

@@ -103,13 +103,9 @@ class Point:
     def noise(self) -> float:
         return noise(self.old_ms, self.new_ms)
 
-    def margin(self) -> float:
-        """The ratio over the lowest one that noise alone explains."""
-        return self.ratio.median * (1 + self.noise)
-
     @property
     def verdict(self) -> str:
-        return verdict(self.margin() < 1, self.ratio.median > 1 + self.noise)
+        return verdict(self.ratio.median < 1 / (1 + self.noise), self.ratio.median > 1 + self.noise)
 
 
 def verdict(slower: bool, faster: bool) -> str:
