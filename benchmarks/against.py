@@ -6,9 +6,8 @@ provider's ratio to plain, which was taken in turns. A slowdown is one where the
 A commit's package is built into an environment of its own (benchmarks/environment.py). Two worker processes build and
 verify the present tree's cases with a package each; then they take turns, call by call, the order turned around every
 round. The run tells its own noise: the ratio of the sides in one half of the rounds against that in the other half
-would be 1 without. A difference beyond it is believed when fresh processes show it too, for a process can be slow for its
-whole life by where its memory happens to lie: a commit against itself gave 0.81 and 1.30x for two short operators in
-one pair of processes (2 cores of an AMD EPYC, 2026-11-23).
+would be 1 without. A difference beyond it is believed when fresh processes show it too, for a process can be slow for
+its whole life by where its memory happens to lie.
 """
 
 import argparse

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,7 +64,7 @@ class Worker:
             raise RuntimeError(f"the worker of {self.name} died with exit code {code}:\n{tail(Path(self._said.name))}")
         return json.loads(answer)
 
-    def call_ms(self, direction: str, provider: str, repeats: int = 1) -> float:
+    def call_ms(self, direction: str, provider: str, repeats: int) -> float:
         """Milliseconds of one call. Raises RuntimeError where it fails."""
         answer = self.ask(time=[direction, provider], repeats=repeats)
         if "error" in answer:
@@ -158,8 +158,10 @@ def take_turns(
             found.left_out.append(f"{name}: {'; '.join(reasons)}")
             if faults[1]:
                 found.wrong.append(f"{name}: {faults[1]}")
-        if shared:
-            found.points.extend(_time(old, new, label, shared, rounds, deadline, say))
+        for j, case in enumerate(shared):
+            now = time.monotonic()
+            case_s = (deadline - now) / (len(shared) - j)
+            found.points.append(_time(old, new, Point(label, *case, [], []), rounds, case_s, say))
     return found
 
 
@@ -181,29 +183,19 @@ def _fault(built: Answer, direction: str, provider: str) -> str:
     return "" if error < 1 else f"is WRONG, at {error:.2g} of its tolerance"
 
 
-def _time(
-    old: Worker,
-    new: Worker,
-    label: str,
-    shared: Sequence[tuple[str, str]],
-    rounds: int | None,
-    deadline: float,
-    say: Say,
-) -> list[Point]:
-    calls: dict[str, Callable[[], float]] = {}
-    round_s = 0.0
-    for direction, provider in shared:
-        for side in (old, new):
-            side.call_ms(direction, provider, 1)  # the first call: allocators, autotuners, optimizer state
-        warm_ms = [side.call_ms(direction, provider, 1) for side in (old, new)]
-        repeats = max(1, math.ceil(TURN_MS / min(warm_ms)))
-        round_s += sum(warm_ms) / 1e3 * (repeats + (repeats > 1))
-        for side in (old, new):
-            calls[f"{side.name} {direction} {provider}"] = partial(side.call_ms, direction, provider, repeats)
-    fitting = min(ROUNDS[1], max(ROUNDS[0], int((deadline - time.monotonic()) / round_s)))
+def _time(old: Worker, new: Worker, point: Point, rounds: int | None, budget_s: float, say: Say) -> Point:
+    case, end = (point.direction, point.provider), time.monotonic() + budget_s
+    for side in (old, new):
+        side.call_ms(*case, repeats=1)  # the first call: allocators, autotuners, optimizer state
+    warm_ms = [side.call_ms(*case, repeats=1) for side in (old, new)]
+    repeats = max(1, math.ceil(TURN_MS / min(warm_ms)))
+    round_s = sum(warm_ms) / 1e3 * (repeats + (repeats > 1))
+    fitting = min(ROUNDS[1], max(ROUNDS[0], int((end - time.monotonic()) / round_s)))
 
     def progress(done: int, total: int) -> None:
-        say(f"{label}: round {done}/{total}", end="\r" if done < total else "\n")
+        say(f"{point.name}: round {done}/{total}", end="\r" if done < total else "\n")
 
+    # one point at a time: of several, a side would come after itself more often in some than in others
+    calls = {name: partial(side.call_ms, *case, repeats) for name, side in (("old", old), ("new", new))}
     samples = interleave(calls, lambda call_ms: call_ms(), rounds or fitting, 0.0, progress)
-    return [Point(label, *case, *(samples[" ".join((side.name, *case))] for side in (old, new))) for case in shared]
+    return replace(point, old_ms=samples["old"], new_ms=samples["new"])
