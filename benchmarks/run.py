@@ -8,6 +8,7 @@
     python benchmarks/run.py --suite memory --dtype fp32        peak of the prototype loss at 128 images
     python benchmarks/run.py --suite codes,decode               the frozen VQGAN
     python benchmarks/run.py --device cuda --dtype bf16 --batch 32
+    python benchmarks/run.py --suite step --against HEAD~5      exit code 1 when it is slower than that commit (or file)
 
 Prints tables and appends their rows to a CSV file in benchmarks/results/, with the same as JSON and plots beside it
 (columns: benchmarks/results.py). A provider whose results are wrong gets no time, and the exit code is then 1.
@@ -25,7 +26,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script: the root holds `benchmarks`
 
-from benchmarks import measure, operators, plots, report, results, shapes, timing
+from benchmarks import against, measure, operators, plots, report, results, shapes, timing
 from benchmarks.measure import DTYPES
 from benchmarks.model import data, encode, memory, objective, scaling, step, vqgan
 from benchmarks.model.pair import Case
@@ -89,6 +90,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=_choices("provider", PROVIDERS),
         help=f"of {', '.join(PROVIDERS)} (default: all, plain_compiled on CUDA only; plain runs in any case)",
     )
+    add("--against", metavar="FILE_OR_COMMIT", help="results, or a commit to build and take turns with; slower exits 1")
     add("--out", type=Path, default=results.FOLDER, help="folder of the results (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -174,9 +176,13 @@ def _op_cases(options: argparse.Namespace, op: str) -> list[tuple[str, str, str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suites; the exit code is 1 when a provider was wrong."""
+    """Run the suites; the exit code is 1 when a provider was wrong, or slower than what it was held against."""
     options = parse(arguments)
+    if options.against and not Path(options.against).is_file():
+        compare = functools.partial(against.with_commit, options.against, options, plan(options), say)
+        return against.conclude(compare, say, report.print_table)
     device, start = torch.device(options.device), time.monotonic()
+    before = results.read_rows(Path(options.against)) if options.against else []  # perhaps the file that is added to
     facts = measure.machine_facts(device, options.allocator)
     ceilings = measure.Ceilings(measure.copy_gb_per_s(device, measure.timer_for(device)))
     plans, rows, wrong = plan(options), [], 0
@@ -200,6 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         beside = results.append_rows(path, rows)
         drawn = plots.draw(rows, results.read_rows(sorted(options.out.glob("*.csv"))), options.out / "plots")
         print(f"{len(rows)} rows -> {path}, {beside}, {', '.join(map(str, drawn)) or 'no plots without matplotlib'}")
+    if options.against:
+        compare = functools.partial(against.with_file, rows, before)
+        return against.conclude(compare, say, report.print_table) or bool(wrong)
     return 1 if wrong or not rows else 0
 
 

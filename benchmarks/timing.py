@@ -51,7 +51,7 @@ def time_cases(
     for i, case in enumerate(cases if "plain" in right or "plain" not in cases[0].calls else []):
         now = time.monotonic()
         end = now + (deadline - now) / (len(cases) - i)
-        with _threads(case.threads):
+        with threads(case.threads):
             samples, peaks = _samples(case, right, dtype, torch.device(facts["device"]), ceilings, rounds, end, say)
             rows += [
                 _row(case, provider, samples, peaks, dtype, {**facts, "threads": torch.get_num_threads()}, ceilings)
@@ -61,7 +61,8 @@ def time_cases(
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """torch's number of threads in the block; None leaves it as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
