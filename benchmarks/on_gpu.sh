@@ -14,7 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-usage() { sed -n '2,/^#$/d; /^# shellcheck/q; s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,/^# shellcheck/{/^# shellcheck/!s/^# \{0,1\}//p}' "$0"; }
 OUT=on_gpu_out
 case "${1:-}" in
   --out) OUT=${2:?--out needs a folder}; shift 2 ;;
@@ -52,7 +52,7 @@ stage_sanitizer() { # the CUDA C++ under memcheck; without torch's caching a blo
 }
 stage_tune() { # keeps what it found in time; --commit writes kernels/<op>/configs/<device>.json
   local code
-  touch "$OUT/.before"
+  touch -d '1 second ago' "$OUT/.before"
   "$PYTHON" -m stellar_fast.cli tune --preset b16 --batch 128 --dtype bf16 --device cuda --budget 60 --commit
   code=$?
   mkdir -p "$OUT/configs"
