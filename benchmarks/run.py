@@ -101,6 +101,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         options.shape = shapes.model_shape(options.preset)
         measure.set_allocator(options.allocator)
+        is_file = options.against and Path(options.against).is_file()
+        options.earlier = results.read_rows(Path(options.against)) if is_file else None
     except ValueError as error:
         parser.error(str(error))
     for op in options.op or []:
@@ -178,11 +180,10 @@ def _op_cases(options: argparse.Namespace, op: str) -> list[tuple[str, str, str,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; the exit code is 1 when a provider was wrong, or slower than what it was held against."""
     options = parse(arguments)
-    if options.against and not Path(options.against).is_file():
+    if options.against and options.earlier is None:
         compare = functools.partial(against.with_commit, options.against, options, plan(options), say)
         return against.conclude(compare, say, report.print_table)
     device, start = torch.device(options.device), time.monotonic()
-    before = results.read_rows(Path(options.against)) if options.against else []  # perhaps the file that is added to
     facts = measure.machine_facts(device, options.allocator)
     ceilings = measure.Ceilings(measure.copy_gb_per_s(device, measure.timer_for(device)))
     plans, rows, wrong = plan(options), [], 0
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drawn = plots.draw(rows, results.read_rows(sorted(options.out.glob("*.csv"))), options.out / "plots")
         print(f"{len(rows)} rows -> {path}, {beside}, {', '.join(map(str, drawn)) or 'no plots without matplotlib'}")
     if options.against:
-        compare = functools.partial(against.with_file, rows, before)
+        compare = functools.partial(against.with_file, rows, options.earlier)
         return against.conclude(compare, say, report.print_table) or bool(wrong)
     return 1 if wrong or not rows else 0
 
