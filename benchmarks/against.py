@@ -166,8 +166,8 @@ def _common_verdict(pairs: Sequence[Point]) -> str:
 
 
 def _line(pairs: Sequence[Point]) -> dict[str, str]:
-    """Shows the pair that saw the least difference."""
-    point = min(pairs, key=lambda point: abs(math.log(point.ratio.median)))
+    """Shows the pair that saw the least difference, by its own noise."""
+    point = min(pairs, key=lambda point: abs(math.log(point.ratio.median)) / point.noise)
     return {
         "": f"{point.label} {point.direction}",
         "provider": point.provider,

@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(rows)} rows -> {path}, {beside}, {', '.join(map(str, drawn)) or 'no plots without matplotlib'}")
     if options.against:
         compare = functools.partial(against.with_file, rows, options.earlier)
-        return against.conclude(compare, say, report.print_table) or bool(wrong)
+        return against.conclude(compare, say, report.print_table) or int(wrong > 0)
     return 1 if wrong or not rows else 0
 
 

@@ -317,7 +317,7 @@ def test_run_exits_by_its_verdict(tmp_path, capsys) -> None:
         writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
         writer.writerows(line | dict.fromkeys(("ratio", "ratio_p20", "ratio_p80"), 1e3) for line in lines)
-    assert run.main([*arguments, "--out", str(tmp_path / "b"), "--against", str(path)]) == 1
+    assert run.main([*arguments, "--out", str(tmp_path / "a"), "--against", str(path)]) == 1
     assert "SLOWER OR WRONG: koleo small fp32 forward stellar_fast.cpu" in capsys.readouterr().out
     assert run.main([*arguments[:-2], "--against", "no-such-commit"]) == 2
     assert "'no-such-commit' is neither a file nor a commit" in capsys.readouterr().err
