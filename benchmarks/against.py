@@ -169,7 +169,7 @@ def _line(pairs: Sequence[Point]) -> dict[str, str]:
     """Shows the pair that saw the least difference, by its own noise."""
     point = min(pairs, key=lambda point: abs(math.log(point.ratio.median)) / point.noise)
     return {
-        "": f"{point.label} {point.direction}",
+        "": f"{point.label} {point.case}",
         "provider": point.provider,
         "processes x rounds": f"{len(pairs)} x {len(point.old_ms)}",
         "ms then": _ms(summarise(point.old_ms).median),

@@ -22,6 +22,7 @@ ROUNDS = (8, 100)  # fewest and most that the budget gives
 HALVINGS = 400  # drawn to find the noise
 NOISE_SHARE = 0.9  # of them stay within what is called the noise: 2.3 standard errors of the ratio
 LEAST_NOISE = 0.03  # long calls of one commit against itself were up to 2 % apart on 2 cores
+ABSENT = "has it not"
 
 Answer = dict[str, Any]
 Say = Callable[..., object]
@@ -64,9 +65,9 @@ class Worker:
             raise RuntimeError(f"the worker of {self.name} died with exit code {code}:\n{tail(Path(self._said.name))}")
         return json.loads(answer)
 
-    def call_ms(self, direction: str, provider: str, repeats: int) -> float:
+    def call_ms(self, case: str, provider: str, repeats: int) -> float:
         """Milliseconds of one call. Raises RuntimeError where it fails."""
-        answer = self.ask(time=[direction, provider], repeats=repeats)
+        answer = self.ask(time=[case, provider], repeats=repeats)
         if "error" in answer:
             raise RuntimeError(f"{provider} of {self.name} fails when it is timed: {answer['error']}")
         return answer["ms"]
@@ -85,14 +86,14 @@ class Point:
     """What one provider of a case took on both sides."""
 
     label: str
-    direction: str
+    case: str
     provider: str
     old_ms: list[float]
     new_ms: list[float]
 
     @property
     def name(self) -> str:
-        return f"{self.label} {self.direction} {self.provider}"
+        return f"{self.label} {self.case} {self.provider}"
 
     @property
     def ratio(self) -> Summary:
@@ -148,46 +149,45 @@ def take_turns(
         say(f"{label}: building and verifying on both sides")
         built = [worker.ask(build=label) for worker in (old, new)]
         shared = []
-        for direction, provider in _ours(built):
-            faults = [_fault(answer, direction, provider) for answer in built]
-            name = " ".join(filter(None, (label, direction, provider)))
+        for case, provider in _ours(built):
+            faults = [_fault(answer, case, provider) for answer in built]
+            name = " ".join(filter(None, (label, case, provider)))
             reasons = [f"{w.name}: {fault}" for w, fault in zip((old, new), faults, strict=True) if fault]
             if not reasons:
-                shared.append((direction, provider))
+                shared.append((case, provider))
                 continue
             found.left_out.append(f"{name}: {'; '.join(reasons)}")
-            if faults[1]:
+            if faults[1] not in ("", ABSENT):
                 found.wrong.append(f"{name}: {faults[1]}")
-        for j, case in enumerate(shared):
-            now = time.monotonic()
-            case_s = (deadline - now) / (len(shared) - j)
-            found.points.append(_time(old, new, Point(label, *case, [], []), rounds, case_s, say))
+        for j, pair in enumerate(shared):
+            share_s = (deadline - time.monotonic()) / (len(shared) - j)
+            found.points.append(_time(old, new, Point(label, *pair, [], []), rounds, share_s, say))
     return found
 
 
 def _ours(built: Sequence[Answer]) -> list[tuple[str, str]]:
-    """(direction, provider) of this package that either side has; one without a name where a side was not built."""
+    """(case, provider) of this package that either side has; one without a name where a side was not built."""
     if any("error" in answer for answer in built):
         return [("", "")]
-    found = [(direction, name) for answer in built for direction, errors in answer["errors"].items() for name in errors]
-    return [case for case in dict.fromkeys(found) if case[1].startswith("stellar_fast")]
+    found = [(case, name) for answer in built for case, errors in answer["errors"].items() for name in errors]
+    return [pair for pair in dict.fromkeys(found) if pair[1].startswith("stellar_fast")]
 
 
-def _fault(built: Answer, direction: str, provider: str) -> str:
+def _fault(built: Answer, case: str, provider: str) -> str:
     """Why a provider of one side gets no time; empty where it does."""
     if "error" in built or not provider:
         return built.get("error", "")
-    error = built["errors"].get(direction, {}).get(provider)
+    error = built["errors"].get(case, {}).get(provider)
     if error is None:
-        return "has it not"
+        return ABSENT
     return "" if error < 1 else f"is WRONG, at {error:.2g} of its tolerance"
 
 
 def _time(old: Worker, new: Worker, point: Point, rounds: int | None, budget_s: float, say: Say) -> Point:
-    case, end = (point.direction, point.provider), time.monotonic() + budget_s
+    of, end = (point.case, point.provider), time.monotonic() + budget_s
     for side in (old, new):
-        side.call_ms(*case, repeats=1)  # the first call: allocators, autotuners, optimizer state
-    warm_ms = [side.call_ms(*case, repeats=1) for side in (old, new)]
+        side.call_ms(*of, repeats=1)  # the first call: allocators, autotuners, optimizer state
+    warm_ms = [side.call_ms(*of, repeats=1) for side in (old, new)]
     repeats = max(1, math.ceil(TURN_MS / min(warm_ms)))
     round_s = sum(warm_ms) / 1e3 * (repeats + (repeats > 1))
     fitting = min(ROUNDS[1], max(ROUNDS[0], int((end - time.monotonic()) / round_s)))
@@ -196,6 +196,6 @@ def _time(old: Worker, new: Worker, point: Point, rounds: int | None, budget_s: 
         say(f"{point.name}: round {done}/{total}", end="\r" if done < total else "\n")
 
     # one point at a time: of several, a side would come after itself more often in some than in others
-    calls = {name: partial(side.call_ms, *case, repeats) for name, side in (("old", old), ("new", new))}
+    calls = {name: partial(side.call_ms, *of, repeats) for name, side in (("old", old), ("new", new))}
     samples = interleave(calls, lambda call_ms: call_ms(), rounds or fitting, 0.0, progress)
     return replace(point, old_ms=samples["old"], new_ms=samples["new"])

@@ -5,7 +5,7 @@
     {"options": {...}, "threads": 2}                                run.py's; answers what it measures with
     {"build": "koleo b16 fp32"}                                     frees the last case of run.py's plan, builds and
                                                                     verifies this; answers errors: below 1 is right
-    {"time": ["forward", "stellar_fast.cpu"], "repeats": 3}         answers milliseconds of one call
+    {"time": ["forward B=8", "stellar_fast.cpu"], "repeats": 3}     answers milliseconds of one call
     {"error": "..."}                                                the answer where that was not possible
 
 It runs beside a worker of another package, so it computes only while it is asked.
@@ -53,15 +53,15 @@ def start(message: Message) -> tuple[dict[str, Plan], Timer, Message]:
 
 
 def build(plans: Mapping[str, Plan], label: str) -> dict[str, Case]:
-    """The cases of a plan by their direction. Raises ValueError where this package has no such plan."""
+    """The cases of a plan by direction and sizes: a named shape may have had others. ValueError without such a plan."""
     if label not in plans:
         raise ValueError("has no such operator or shape")
-    return {case.direction: case for case in plans[label].build()}
+    return {f"{case.direction} {case.shape}": case for case in plans[label].build()}
 
 
-def _error(case: Case, provider: str) -> float:
-    """The worst one over its tolerance; 0 where another suite verifies it."""
-    return case.worst(provider).error if provider in case.checks else 0.0
+def error(case: Case, provider: str) -> float:
+    """As a share of the tolerance; 0 where nothing is verified, as in a series of sizes."""
+    return max((check.error for check in case.checks.get(provider, [])), default=0.0)
 
 
 def time_ms(case: Case, provider: str, repeats: int, timer: Timer) -> float:
@@ -83,13 +83,13 @@ def serve(requests: IO[str], answers: IO[str], plans: Mapping[str, Plan], timer:
                 cases.clear()
                 gc.collect()
                 cases = build(plans, message["build"])
-                errors = {d: {name: _error(case, name) for name in case.calls} for d, case in cases.items()}
+                errors = {name: {p: error(case, p) for p in case.calls} for name, case in cases.items()}
                 answer: Message = {"errors": errors}
             else:
-                direction, provider = message["time"]
-                answer = {"ms": time_ms(cases[direction], provider, message["repeats"], timer)}
-        except Exception as error:  # whatever a case of another version raises is an answer
-            answer = {"error": f"{type(error).__name__}: {error}"}
+                name, provider = message["time"]
+                answer = {"ms": time_ms(cases[name], provider, message["repeats"], timer)}
+        except Exception as reason:  # whatever a case of another version raises is an answer
+            answer = {"error": f"{type(reason).__name__}: {reason}"}
         send(answers, answer)
 
 

@@ -91,9 +91,9 @@ def test_files_that_cannot_be_compared_are_refused(tmp_path) -> None:
 
 def fake_plans() -> dict[str, Plan]:
     def build() -> list[Case]:
-        calls = {"plain": lambda: None, "stellar_fast": lambda: None}
+        calls = dict.fromkeys(("plain", "stellar_fast", "unverified"), lambda: None)
         checks = {"plain": [Check("y", 0.1)], "stellar_fast": [Check("x", 0.2), Check("y", 1.5)]}
-        return [Case("ops", "", 1, 0.0, 0, calls, checks)]
+        return [Case("ops", "B=8", 1, 0.0, 0, calls, checks)]
 
     def fail() -> list[Case]:
         raise ImportError("no such function then")
@@ -104,7 +104,7 @@ def fake_plans() -> dict[str, Plan]:
 def test_a_worker_answers_every_line() -> None:
     requests = [
         {"build": "good"},
-        {"time": ["forward", "stellar_fast"], "repeats": 3},
+        {"time": ["forward B=8", "stellar_fast"], "repeats": 3},
         {"time": ["backward", "stellar_fast"], "repeats": 1},
         {"build": "bad"},
         {"build": "new"},
@@ -113,7 +113,7 @@ def test_a_worker_answers_every_line() -> None:
     lines = io.StringIO("".join(json.dumps(request) + "\n" for request in requests))
     worker.serve(lines, answers, fake_plans(), lambda call: next(ticks))
     assert [json.loads(line) for line in answers.getvalue().splitlines()] == [
-        {"errors": {"forward": {"plain": 0.1, "stellar_fast": 1.5}}},
+        {"errors": {"forward B=8": {"plain": 0.1, "stellar_fast": 1.5, "unverified": 0.0}}},
         {"ms": 2.0},
         {"error": "KeyError: 'backward'"},
         {"error": "ImportError: no such function then"},
@@ -131,10 +131,11 @@ def test_a_worker_process_times_this_package() -> None:
         assert facts["threads"] == 1 and facts["native"] == ""
         assert Path(facts["package"]).name == "__init__.py"
         errors = side.ask(build="koleo small fp32")["errors"]
-        assert errors["forward+backward"]["stellar_fast.cpu"] < 1
-        assert side.call_ms("forward", "stellar_fast.cpu", 2) > 0
+        forward, backward = errors
+        assert backward == "forward+backward N=2 K=5 D=12" and errors[backward]["stellar_fast.cpu"] < 1
+        assert side.call_ms(forward, "stellar_fast.cpu", 2) > 0
         with pytest.raises(RuntimeError, match="flash of now fails when it is timed: KeyError"):
-            side.call_ms("forward", "flash", 1)
+            side.call_ms(forward, "flash", 1)
 
 
 def test_a_dead_worker_leaves_its_last_words() -> None:
@@ -213,10 +214,13 @@ def test_a_slowdown_of_one_process_is_noise(fake, capsys) -> None:
     assert "'verdict': 'same'" in capsys.readouterr().out
 
 
-def test_what_the_old_package_lacks_is_left_out(fake, capsys) -> None:
+def test_what_one_package_lacks_is_left_out(fake, capsys) -> None:
     both = {"errors": {"forward": {"stellar_fast": 0.5, "stellar_fast.cuda": 0.5}}}
     assert fake(new_ms=[10.0], new=both) == 0
     assert "left out: good forward stellar_fast.cuda: aaaaaaaaaaaa: has it not" in capsys.readouterr().out
+    fewer = {"errors": {"forward": {"stellar_fast": 0.5}}}
+    assert fake(new_ms=[10.0], new=fewer, old=both) == 0
+    assert "left out: good forward stellar_fast.cuda: now: has it not" in capsys.readouterr().out
     assert fake(new_ms=[10.0], old={"error": "ImportError: x"}) == 2
     out = capsys.readouterr().out
     assert "left out: good: aaaaaaaaaaaa: ImportError: x" in out and "nothing to compare" in out
