@@ -76,7 +76,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--shapes",
-        "--op-shape",
         type=_names,
         help="of the operators: names from their specs, or all (default: each one's first of a real model)",
     )
@@ -86,7 +85,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--allocator", choices=("default", "raised"), default="default", help="glibc's thresholds, all providers alike")
     add(
         "--provider",
-        "--providers",
         type=_choices("provider", PROVIDERS),
         help=f"of {', '.join(PROVIDERS)} (default: all, plain_compiled on CUDA only; plain runs in any case)",
     )

@@ -122,7 +122,7 @@ def test_a_worker_answers_every_line() -> None:
 
 
 def test_a_worker_process_times_this_package() -> None:
-    arguments = ["--suite", "ops", "--op", "koleo", "--op-shape", "small", "--dtype", "fp32"]
+    arguments = ["--suite", "ops", "--op", "koleo", "--shapes", "small", "--dtype", "fp32"]
     options = run.parse(arguments)
     settings = {name: value for name, value in vars(options).items() if name != "shape"}
     settings["op"] = ["koleo", "not_yet_written"]
@@ -312,7 +312,7 @@ def test_what_is_no_commit_is_named(repository, name: str) -> None:
 
 
 def test_run_exits_by_its_verdict(tmp_path, capsys) -> None:
-    arguments = ["--suite", "ops", "--op", "koleo", "--op-shape", "small", "--dtype", "fp32", "--rounds", "2"]
+    arguments = ["--suite", "ops", "--op", "koleo", "--shapes", "small", "--dtype", "fp32", "--rounds", "2"]
     assert run.main([*arguments, "--out", str(tmp_path / "a")]) == 0
     (path,) = (tmp_path / "a").glob("*.csv")
     with path.open() as file:
