@@ -18,7 +18,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,6 +175,38 @@ def _op_cases(options: argparse.Namespace, op: str) -> list[tuple[str, str, str,
     return [(op, function, shape, dtype) for function in operators.functions(op) for shape in taken for dtype in dtypes]
 
 
+def measure_all(
+    options: argparse.Namespace,
+    plans: Sequence[Plan],
+    facts: Mapping[str, str | int],
+    ceilings: measure.Ceilings,
+    start: float,
+    rows: list[results.Row],
+) -> int:
+    """Add the rows of every plan as they come; returns how many providers were wrong and plans failed."""
+    wrong = 0
+    for i, planned in enumerate(plans):
+        now = time.monotonic()
+        share = planned.weight / sum(later.weight for later in plans[i:])
+        deadline = now + (start + options.budget - now) * share
+        label = f"{planned.label}:"
+        say(f"[{i + 1}/{len(plans)}, {now - start:.0f} s] {label} building and verifying")
+        told = functools.partial(_say_of, label)
+        try:
+            built = planned.build()
+            found, failed = timing.time_cases(built, planned.dtype, facts, ceilings, options.rounds, deadline, told)
+        except Exception as error:  # what fails costs its own rows alone
+            told(f"FAILED: {type(error).__name__}: {error}")
+            found, failed = [], 1
+        rows += found
+        wrong += failed
+    if "memory" in options.suite:
+        found, failed = memory.rows(options.preset, options.batch, options.dtype, facts, ceilings, say)
+        rows += found
+        wrong += failed
+    return wrong
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suites; the exit code is 1 when a provider was wrong, or slower than what it was held against."""
     options = parse(arguments)
@@ -184,21 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device, start = torch.device(options.device), time.monotonic()
     facts = measure.machine_facts(device, options.allocator)
     ceilings = measure.Ceilings(measure.copy_gb_per_s(device, measure.timer_for(device)))
-    plans, rows, wrong = plan(options), [], 0
-    for i, planned in enumerate(plans):
-        now = time.monotonic()
-        share = planned.weight / sum(later.weight for later in plans[i:])
-        deadline = now + (start + options.budget - now) * share
-        label = f"{planned.label}:"
-        say(f"[{i + 1}/{len(plans)}, {now - start:.0f} s] {label} building and verifying")
-        told = functools.partial(_say_of, label)
-        found, failed = timing.time_cases(
-            planned.build(), planned.dtype, facts, ceilings, options.rounds, deadline, told
-        )
-        rows, wrong = rows + found, wrong + failed
-    if "memory" in options.suite:
-        found, failed = memory.rows(options.preset, options.batch, options.dtype, facts, ceilings, say)
-        rows, wrong = rows + found, wrong + failed
+    plans, rows = plan(options), []
+    try:
+        wrong = measure_all(options, plans, facts, ceilings, start, rows)
+    except KeyboardInterrupt:
+        say("interrupted: what was measured is kept")
+        wrong = 1
     report.show(rows, facts, ceilings)
     if rows:
         path = results.result_path(options.out, facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,7 +34,7 @@ def tune(
     shapes: Annotated[str, typer.Option(help="Named shapes of the operators instead, with commas.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 300.0,
+    budget: Annotated[str, typer.Option(help="Seconds for everything, 300 or 300s.")] = "300",
     again: Annotated[bool, typer.Option("--again", help="Measure anew what is tuned already.")] = False,
     commit: Annotated[bool, typer.Option("--commit", help="Write kernels/<op>/configs/ of the checkout too.")] = False,
 ) -> None:
@@ -63,9 +64,18 @@ def tune(
     else:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be {', '.join(DTYPES)} but is {dtype!r}")
-        if budget <= 0:
-            raise ValueError(f"budget must be positive but is {budget:g}")
-        _tune(_requests(ops, preset, batch or BATCH[where.type], shapes, dtype, where), where, budget, again, commit)
+        requests = _requests(ops, preset, batch or BATCH[where.type], shapes, dtype, where)
+        _tune(requests, where, _seconds(budget), again, commit)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text.removesuffix("s"))
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"budget must be a positive number of seconds but is {text!r}")
+    return seconds
 
 
 def _requests(
@@ -91,6 +101,9 @@ def _tune(requests: Sequence[Request], device: torch.device, budget: float, agai
     known = [] if again else list(store.read().values())
     left_out: list[str] = []
 
+    def save(entries: Sequence[Entry]) -> None:  # what is measured anew takes the place of a result when it is one
+        store.put(entry for entry in entries if entry.decided or not again)
+
     def report(step: tuner.Progress) -> None:
         text = f"{step.request.op} {step.request.text}"
         tried = f"{step.entry.tried} of {step.candidates} candidates" if step.entry and step.candidates else ""
@@ -102,7 +115,7 @@ def _tune(requests: Sequence[Request], device: torch.device, budget: float, agai
     try:
         with Progress(*columns, console=errors, transient=True) as bar:
             task = bar.add_task("", total=len(requests), what="", tried="")
-            tuner.tune(requests, worker, known, store.put, budget, report)
+            tuner.tune(requests, worker, known, save, budget, report)
     finally:  # also where Ctrl-C ended it
         worker.close()
         lookup.forget()
@@ -111,10 +124,11 @@ def _tune(requests: Sequence[Request], device: torch.device, budget: float, agai
         for line in left_out:
             console.print(f"left out: {escape(line)}", soft_wrap=True, highlight=False)
         console.print(f"kept in {store.path}", soft_wrap=True, highlight=False)
-    for op in {entry.op for entry in found} if commit else ():
-        place = lookup.committed_store(op, store.device)
-        place.put(entry for entry in found if entry.op == op and entry.done)
-        console.print(f"committed in {place.path}", soft_wrap=True, highlight=False)
+        decided = [replace(entry, measured={}) for entry in found if entry.decided]
+        for op in sorted({entry.op for entry in decided}) if commit else ():
+            place = lookup.committed_store(op, store.device)
+            place.put(entry for entry in decided if entry.op == op)
+            console.print(f"committed in {place.path}", soft_wrap=True, highlight=False)
     if not found:
         raise SystemExit(1)
 
@@ -149,7 +163,7 @@ def _list() -> None:
     files = sorted(lookup.user_folder().glob("*.json")) + sorted(lookup.room("linear").parent.glob("*/configs/*.json"))
     table = Table("file", "device", "entries", "operators", title="Tuned launch knobs", title_justify="left")
     for path in files:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             content = json.loads(path.read_text())
             ops = [entry["op"] for entry in content["entries"]]
             table.add_row(str(path), content["device"], str(len(ops)), ", ".join(sorted(set(ops))))

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stellar_fast import native
-from stellar_fast.backend import interpreting
+from stellar_fast.backend import OPS, interpreting
 from stellar_fast.kernels.common import threads as _threads
 from stellar_fast.tune.store import Entry, Store, device_file, key, user_folder
 
@@ -141,9 +141,10 @@ def _stored(problem: Problem) -> Found | None:
     place = key(op, dtype, shape, **state(problem.device)) if of_user or committed else ""
     for source, entries in (("user", of_user), ("committed", committed)):
         exact = entries.get(place)
-        if exact is not None and (config := _usable(exact, problem)) is not None:
+        if exact is not None and exact.decided and (config := _usable(exact, problem)) is not None:
             return Found(config, source)
-        near += [(distance(entry.shape, shape), entry) for entry in entries.values() if entry.op == op]
+        decided = [entry for entry in entries.values() if entry.op == op and entry.decided]
+        near += [(distance(entry.shape, shape), entry) for entry in decided]
     for far, entry in sorted(near, key=lambda pair: pair[0]):
         if far > math.log2(FARTHEST):
             break
@@ -154,7 +155,7 @@ def _stored(problem: Problem) -> Found | None:
 
 def is_current(entry: Entry, device: torch.device) -> bool:
     """Whether an entry was measured with the kernel and software of now."""
-    now = state(device) | {"source": source_hash(entry.op)}
+    now = state(device) | {"source": source_hash(entry.op, device.type)}
     return all(getattr(entry, name) == value for name, value in now.items())
 
 
@@ -165,7 +166,7 @@ def _usable(entry: Entry, problem: Problem) -> Any:
     start, hints = problem.heuristic(), typing.get_type_hints(problem.config.Config)
     try:
         config = replace(start, **{name: from_json(hints[name], value) for name, value in entry.knobs.items()})
-    except (KeyError, ValueError):  # of an earlier version of the knobs
+    except (AttributeError, KeyError, TypeError, ValueError):  # of an earlier version of the knobs
         return None
     return config if problem.is_valid(config) else None
 
@@ -179,7 +180,7 @@ def distance(one: Mapping[str, int], other: Mapping[str, int]) -> float:
 
 def _warn_once(device: str) -> None:
     global _warned
-    if not _warned:
+    if not _warned and not any(committed_store(op, device).path.exists() for op in OPS):
         _warned = True
         advice = "`stellar-fast tune --device cuda` measures them, STELLAR_FAST_TUNE=off silences this"
         warnings.warn(f"no tuned launch knobs for {device}: heuristics serve; {advice}", stacklevel=2)
@@ -228,10 +229,12 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def source_hash(op: str) -> str:
-    """Of what computes an operator: its room but reference and spec, what rooms share, and the C++ as it was built."""
-    folder, found = room(op), hashlib.sha256(native.source_hash(op).encode())
-    for path in sorted([*folder.glob("*.py"), *(folder.parent / "common").glob("*.py")]):
+def source_hash(op: str, device: str) -> str:
+    """Of what computes an operator on a type of device: its room but reference and spec, what rooms share, its door and
+    that of `linear`, which others multiply with, and on a CPU the C++ as it was built."""
+    folder, found = room(op), hashlib.sha256(native.source_hash(op).encode() if device == "cpu" else b"")
+    doors = (Path(native.__file__).parent / "ops" / f"{name}.py" for name in {op, "linear"})
+    for path in sorted([*folder.glob("*.py"), *(folder.parent / "common").glob("*.py"), *doors]):
         if path.name not in ("__init__.py", "reference.py", "spec.py"):
             found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]

@@ -109,7 +109,7 @@ def check_ops(ops: Sequence[str], device: str) -> None:
 def requests(shapes: Shapes, dtype: str, device: torch.device) -> list[Request]:
     """What a tuner is asked for."""
     return [
-        Request(op, shape, dtype, str(device), state(device) | {"source": source_hash(op)})
+        Request(op, shape, dtype, str(device), state(device) | {"source": source_hash(op, device.type)})
         for op, found in shapes.items()
         for shape in found
     ]

@@ -56,6 +56,11 @@ class Entry:
     done: bool = False
 
     @property
+    def decided(self) -> bool:
+        """Whether its knobs are a result: an entry is stored as soon as its shape is opened."""
+        return bool(self.knobs) or self.heuristic_ms > 0
+
+    @property
     def key(self) -> str:
         """One entry is kept of each: a later one takes its place, also one of changed sources."""
         return key(self.op, self.dtype, self.shape, self.threads, self.software)
@@ -85,7 +90,7 @@ def device_file(device: str) -> str:
 
 def user_folder() -> Path:
     """Where the user's stores are."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # Path.home raises for users without one
     return Path(cache) / "stellar_fast" / "tune"
 
 

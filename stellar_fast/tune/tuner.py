@@ -102,17 +102,20 @@ def tune(
             continue
         entries = [_entry(request, case, known) for case in cases]
         save(entries)  # all, so that none is forgotten where this is interrupted
-        for index, (case, entry) in enumerate(zip(cases, entries, strict=True)):
-            share = (end - clock()) / (len(requests) - place) / (len(cases) - index)
-            search = _Search(launcher, index, case, entry, clock, clock() + share)
-            for _ in search.screen():
-                save([search.entry])
-                report(Progress(request, place, search.entry, len(search.others)))
-            found = entry if entry.done else search.decide()
-            save([found])
-            known.append(found)
-            results.append(found)
-            report(Progress(request, place, found, len(search.others)))
+        try:
+            for index, (case, entry) in enumerate(zip(cases, entries, strict=True)):
+                share = (end - clock()) / (len(requests) - place) / (len(cases) - index)
+                search = _Search(launcher, index, case, entry, clock, clock() + share)
+                for _ in search.screen():
+                    save([search.entry])
+                    report(Progress(request, place, search.entry, len(search.others)))
+                found = entry if entry.done else search.decide()
+                save([found])
+                known.append(found)
+                results.append(found)
+                report(Progress(request, place, found, len(search.others)))
+        except ValueError as reason:  # after a crash nothing could be opened again
+            report(Progress(request, place, problem=str(reason)))
     return results
 
 

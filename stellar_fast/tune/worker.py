@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from stellar_fast.tune.bench import Case, Json, RejectedError, Samples
 
 SLOWEST_S = 120.0  # an answer takes at most: compiling a kernel takes seconds
@@ -42,10 +44,13 @@ class Worker:
         return [Case(**case) for case in answer["cases"]]
 
     def measure(self, case: int, config: Json, rounds: int, whole: bool = False) -> Samples:
-        """Raises RejectedError, also where the candidate ends the child."""
+        """Raises RejectedError, also where the candidate ends the child; ValueError where no new one can be opened."""
         try:
             if self._child is None:
-                self._ask(self._opened)
+                opened = self._ask(self._opened)
+                if "error" in opened:  # not this candidate's: it is measured another time
+                    self.close()
+                    raise ValueError(opened["error"])
             answer = self._ask(["measure", case, config, rounds, whole])
         except EndedError as reason:
             raise RejectedError(f"crashed: {reason}") from None
@@ -92,10 +97,19 @@ class Worker:
         return json.loads(line)
 
 
+def _is_broken(device: torch.device) -> bool:
+    """Whether an error on a GPU stays with the process."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def main() -> None:
     """The child."""
-    import torch
-
     from stellar_fast import native
     from stellar_fast.tune.bench import Bench
 
@@ -120,8 +134,7 @@ def main() -> None:
             try:
                 answer = asdict(bench.measure(*request))
             except RejectedError as reason:
-                # an error on a GPU stays with the process
-                answer = {"rejected": str(reason), "restart": bench.device.type == "cuda"}
+                answer = {"rejected": str(reason), "restart": _is_broken(bench.device)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -214,6 +214,24 @@ def test_a_wrong_operator_gets_no_time(tmp_path, monkeypatch, capsys) -> None:
     assert "koleo small fp32: wrong is WRONG and gets no time, worst output 0" in capsys.readouterr().err
 
 
+def test_what_fails_or_is_interrupted_costs_no_other_rows(tmp_path, monkeypatch, capsys) -> None:
+    real = operators.build_cases
+
+    def build(op: str, *arguments: object) -> list[pair.Case]:
+        if op == "koleo":
+            raise RuntimeError("no kernel image")
+        if op == "linear":
+            raise KeyboardInterrupt
+        return real(op, *arguments)
+
+    monkeypatch.setattr(operators, "build_cases", build)
+    arguments = ["--suite", "ops", "--op", "koleo,token_match,linear", "--shapes", "small", "--dtype", "fp32"]
+    assert run.main([*arguments, "--rounds", "2", "--out", str(tmp_path)]) == 1
+    assert {row.op for row in results.read_rows(tmp_path.glob("*.csv"))} == {"token_match"}
+    said = capsys.readouterr().err
+    assert "FAILED: RuntimeError: no kernel image" in said and "interrupted: what was measured is kept" in said
+
+
 def test_potentials_have_rows_of_their_own_beside_the_formula(tmp_path, monkeypatch, capsys) -> None:
     arguments = ["--suite", "ops", "--op", "sinkhorn", "--shapes", "small", "--dtype", "fp32", "--rounds", "1"]
     assert run.main([*arguments, "--out", str(tmp_path / "right")]) == 0

@@ -30,7 +30,7 @@ def invoke(*arguments: object) -> Any:
 
 
 def test_tune_list_show_clear(cache, monkeypatch):
-    small = "--shapes", "small", "--dtype", "fp32", "--device", "cpu", "--budget", "10"
+    small = "--shapes", "small", "--dtype", "fp32", "--device", "cpu", "--budget", "10s"
     result = invoke("linear", "koleo", *small)
     assert result.exit_code == 0, result.output
     (file,) = cache.iterdir()
@@ -102,7 +102,7 @@ def test_commit_writes_into_a_checkout_alone(cache, monkeypatch, tmp_path):
         (["--shapes", "b17"], "no shape is called 'b17'"),
         (["--preset", "c16"], "unknown preset 'c16'"),
         (["--dtype", "int8"], "dtype must be fp32, bf16, fp16 but is 'int8'"),
-        (["--budget", "0"], "budget must be positive but is 0"),
+        (["--budget", "0"], "budget must be a positive number of seconds but is '0'"),
         (["--batch", "-1"], "batch must be at least 1 but is -1"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N"),
     ],

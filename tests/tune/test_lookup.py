@@ -39,7 +39,7 @@ def problem(**sizes: int) -> Problem:
 
 
 def entry(**changes: Any) -> Entry:
-    state = {**lookup.state(CPU), "source": lookup.source_hash("koleo")}
+    state = {**lookup.state(CPU), "source": lookup.source_hash("koleo", "cpu")}
     new = Entry("koleo", "float32", SHAPE, request="float32 N=32", knobs={"forward": 2}, done=True, **state)
     return replace(new, **changes)
 
@@ -83,6 +83,7 @@ def test_off_serves_heuristics_alone(monkeypatch):
         {"knobs": {"forward": 5}},  # more than torch may use
         {"knobs": {"forward": "2"}},
         {"knobs": {"num_warps": 2}},
+        {"knobs": None, "heuristic_ms": 1.0},
     ],
 )
 def test_knobs_that_do_not_fit_are_not_taken(changes):
@@ -98,6 +99,17 @@ def test_the_nearest_shape_serves_up_to_a_distance():
     assert find(problem(N=16, K=4)).source == "heuristic", "eight times smaller"
     assert find(problem(V=1)).source == "heuristic", "other letters"
     assert lookup.distance({"N": 8, "K": 4}, {"N": 4, "K": 16}) == 3
+
+
+def test_what_is_not_measured_yet_hides_nothing(monkeypatch, tmp_path):
+    (tmp_path / "koleo").mkdir()
+    monkeypatch.setattr(lookup, "committed_store", lambda op, device: Store(tmp_path / "koleo.json", device, False))
+    lookup.committed_store("koleo", lookup.device_name(CPU)).put([entry()])
+    user_store().put([entry(knobs={}, done=False)])
+    assert lookup.find(problem()).source == "committed"
+    user_store().put([entry(knobs={}, heuristic_ms=1.0)])
+    lookup.forget()
+    assert lookup.find(problem()).source == "user"
 
 
 def test_the_users_knobs_come_before_committed_ones(monkeypatch, tmp_path):
@@ -221,7 +233,9 @@ def test_the_hash_follows_the_kernels_sources(monkeypatch, tmp_path):
     for path in (None, room / "reference.py", room / "kernel.py", common / "kernel.py"):
         if path is not None:
             Path(path).write_text("b")
-        found.append(lookup.source_hash.__wrapped__("koleo"))
+        found.append(lookup.source_hash.__wrapped__("koleo", "cpu"))
     monkeypatch.setattr(lookup.native, "source_hash", lambda op: "another build")
-    found.append(lookup.source_hash.__wrapped__("koleo"))
+    found.append(lookup.source_hash.__wrapped__("koleo", "cpu"))
     assert found[0] == found[1] and len(set(found)) == 4, "all but the reference"
+    found = [lookup.source_hash.__wrapped__(op, device) for op in ("koleo", "linear") for device in ("cpu", "cuda")]
+    assert len(set(found)) == 4, "each with its door, and on a GPU without the C++"
