@@ -217,7 +217,7 @@ template <int W>
 STELLAR_FAST_INLINE i32v<W> load_bits(const bfloat16 *p) {
   typename Vec<W>::u16 half;
   std::memcpy(&half, p, sizeof half);
-  return (i32v<W>)__builtin_convertvector(half, typename Vec<W>::u32);
+  return (i32v<W>)widen<W>(half);
 }
 
 template <int W, typename T>
@@ -232,7 +232,7 @@ STELLAR_FAST_INLINE void store_bits(float *p, i32v<W> bits) {
 
 template <int W>
 STELLAR_FAST_INLINE void store_bits(bfloat16 *p, i32v<W> bits) {
-  const typename Vec<W>::u16 half = __builtin_convertvector(bits, typename Vec<W>::u16);
+  const typename Vec<W>::u16 half = narrow<W>((typename Vec<W>::u32)bits);
   std::memcpy(p, &half, sizeof half);
 }
 
