@@ -85,6 +85,24 @@ STELLAR_FAST_INLINE void store(float *p, f32v<W> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Past the caches, where there is an instruction for it; `p` is aligned to the vector. The caller ends with finish_streaming().
+template <int W>
+STELLAR_FAST_INLINE void stream(float *p, f32v<W> v) {
+#ifdef STELLAR_FAST_LEVELS
+  if constexpr (W == 16) {
+    asm volatile("vmovntps %1, %0" : "=m"(*(f32v<W> *)p) : "v"(v));
+    return;
+  }
+#endif
+  store<W>(p, v);
+}
+
+STELLAR_FAST_INLINE void finish_streaming() {
+#ifdef STELLAR_FAST_LEVELS
+  __builtin_ia32_sfence();
+#endif
+}
+
 // Rounds to nearest, ties to even; a NaN stays a NaN. A processor that rounds by itself takes what is below the normal floats for zero.
 template <int W>
 STELLAR_FAST_INLINE void store(bfloat16 *p, f32v<W> v) {
