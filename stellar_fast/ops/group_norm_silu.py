@@ -15,6 +15,7 @@ from stellar_fast.ops.checks import (
     check_positive,
     check_shapes,
     in_forward_mode,
+    may_skip_dispatch,
 )
 from stellar_fast.tune.lookup import threads
 
@@ -238,12 +239,14 @@ def group_norm_silu(
         x = _channels_last(x.to(dtype))
         residual = None if residual is None else _channels_last(residual.to(dtype))
         arguments = x, residual, groups, weight, bias, eps, None if stats is None else stats.detach(), name
-        if out is None:
+        if out is None and not may_skip_dispatch(x, residual, weight, bias, stats):
             out, y, _ = _forward(*arguments)
         else:
+            given = out is not None
+            out = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
             y, found = _empty_beside(out, residual, groups, stats)
             _compute(*arguments, out, y, found)
-            if not out.is_inference():
+            if given and not out.is_inference():
                 torch.autograd.graph.increment_version(out)
         return out if residual is None else (out, y)
     if name == "reference":

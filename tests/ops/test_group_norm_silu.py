@@ -203,6 +203,15 @@ def test_wrong_input_is_named(changed, message):
         group_norm_silu(**inputs() | changed)
 
 
+def test_large_results_are_those_of_small_ones():
+    one = inputs({"B": 1, "C": 64, "H": 260, "W": 256, "G": 8})  # 16 MiB
+    two = one | {"x": torch.cat([one["x"], one["x"].flip(2)]).contiguous(memory_format=torch.channels_last)}
+    with torch.no_grad():
+        large = group_norm_silu(**two)  # from 32 MiB on written past the caches
+        small = [group_norm_silu(**one | {"x": x[None]}) for x in two["x"]]
+    assert torch.equal(large, torch.cat(small))
+
+
 def test_fp64_is_refused_by_name():
     tensors = {n: v.double() if isinstance(v, Tensor) else v for n, v in inputs().items()}
     assert group_norm_silu(**tensors).dtype == torch.float64
