@@ -12,6 +12,8 @@ from stellar_fast.ops.crop_resize import crop_resize
 
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
+LONG = 8  # a picture more than so many times as long as wide is cut to its middle before it is enlarged
+CUBIC = Image.Resampling.BICUBIC
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -91,10 +93,56 @@ def eval_transform(image: Image.Image, image_size: int) -> Tensor:
     short = round(image_size * 256 / 224)
     scale = short / min(image.size)
     width, height = (max(short, round(side * scale)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    if scale > 1 and max(width, height) > LONG * short:
+        return _to_tensor(_enlarged_middle(image, width, height, image_size))
     left, top = (width - image_size) // 2, (height - image_size) // 2
-    crop = resized.crop((left, top, left + image_size, top + image_size))
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+    resized = image.resize((width, height), CUBIC)
+    return _to_tensor(resized.crop((left, top, left + image_size, top + image_size)))
+
+
+def _enlarged_middle(image: Image.Image, width: int, height: int, side: int) -> Image.Image:
+    """The central square of the image enlarged to width x height, from its middle alone.
+
+    Width first, as Pillow enlarges: what is rounded and clipped in between depends on the order.
+    """
+    left, top = (width - side) // 2, (height - side) // 2
+    if width > height:
+        start, stop, taps, weights = _bicubic(image.width, width, left, left + side)
+        columns = np.asarray(image.crop((start, 0, stop, image.height))).swapaxes(0, 1)
+        part = Image.fromarray(_weighted(columns, taps - start, weights).swapaxes(0, 1).copy())
+        return part.resize((side, height), CUBIC).crop((0, top, side, top + side))
+    start, stop, taps, weights = _bicubic(image.height, height, top, top + side)
+    rows = np.asarray(image.crop((0, start, image.width, stop)).resize((width, stop - start), CUBIC))
+    return Image.fromarray(_weighted(rows, taps - start, weights)).crop((left, 0, left + side, side))
+
+
+def _bicubic(length: int, long: int, first: int, last: int) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """How Pillow enlarges `length` pixels to `long`, for the N new ones from `first` to `last`.
+
+    Returns:
+        The first old pixel that is needed, the one after the last, and for each new one its 4 old ones (N, 4) and their
+        weights (N, 4) in units of 2^-22.
+    """
+    centre = ((np.arange(first, last) + 0.5) * (length / long))[:, None]
+    taps = np.floor(centre - 1.5).astype(np.int64) + np.arange(4)
+    x = np.abs(taps - centre + 0.5)
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
+    weights *= (x < 2) & (taps >= 0) & (taps < length)
+    weights /= weights.sum(1, keepdims=True)
+    taps = taps.clip(0, length - 1)
+    return int(taps[0, 0]), int(taps[-1, -1]) + 1, taps, np.trunc(weights * 2**22 + np.copysign(0.5, weights))
+
+
+def _weighted(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(N, W, 3) uint8 sums of 4 `rows` (L, W, 3) each."""
+    total = np.full((len(taps), *rows.shape[1:]), 2**21, np.int32)
+    for tap, weight in zip(taps.T, weights.T.astype(np.int32), strict=True):
+        total += rows[tap] * weight[:, None, None]
+    return (total >> 22).clip(0, 255).astype(np.uint8)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def centre_square(height: int, width: int) -> Box:

@@ -1,14 +1,32 @@
 """The order of training, and that neither workers nor an interruption change it."""
 
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from stellar_fast.data import EpochSampler, ImageFolder, MultiViewDataset, MultiViewTransform
+from stellar_fast.data import (
+    EpochSampler,
+    ImageFolder,
+    MultiViewDataset,
+    MultiViewTransform,
+    TooManyUnreadable,
+    loader,
+)
+from stellar_fast.data.loader import EndlessBatches, WorkersLost, stable_seed
 
 
 @pytest.fixture
@@ -94,3 +112,109 @@ def test_wrong_arguments_raise() -> None:
         EpochSampler(10, 1, rank=2, world_size=2)
     with pytest.raises(ValueError, match=r"'batch': 6.*epochs of 5 batches"):
         EpochSampler(10, 2).load_state_dict({"epoch": 0, "batch": 6})
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize(("num_samples", "world"), [(1, 1), (10, 1), (10, 3), (13, 4), (64, 2), (1000, 7)])
+def test_the_order_is_that_of_a_list(num_samples: int, world: int, drop_last: bool) -> None:
+    """A run of an earlier release goes on in the order it began with."""
+    for epoch in range(2):
+        generator = torch.Generator().manual_seed(stable_seed(3, epoch))
+        order = torch.randperm(num_samples, generator=generator).tolist()
+        if not drop_last:
+            order += order[: -len(order) % world]
+        for rank in range(world):
+            sampler = EpochSampler(num_samples, 3, 3, rank, world, drop_last)
+            sampler.epoch = epoch
+            mine = order[rank::world]
+            expected = [[(epoch, i) for i in mine[3 * b : 3 * b + 3]] for b in range(len(sampler))]
+            assert list(sampler) == expected
+            assert all(type(index) is int for batch in expected for _, index in batch)
+
+
+class Items(Dataset):
+    """Numbers; some of them make a worker do something else first."""
+
+    def __init__(self, deed: Callable[[], object], at: int) -> None:
+        self.deed, self.at = deed, at
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index == self.at:
+            self.deed()
+        return {"x": torch.tensor(index)}
+
+
+def end_oneself(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(1000)
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def endless(deed: Callable[[], object] = int, at: int = -1, workers: int = 2, count: int = 100) -> EndlessBatches:
+    data = DataLoader(
+        Subset(Items(deed, at), range(count)), batch_size=2, num_workers=workers, persistent_workers=workers > 0
+    )
+    return EndlessBatches(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_over_epochs(workers: int) -> None:
+    batches = endless(workers=workers, count=4)
+    before = signal.getsignal(signal.SIGCHLD)
+    found = [next(batches)["x"].tolist() for _ in range(5)]
+    batches.close()
+    assert found == [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1]]
+    assert signal.getsignal(signal.SIGCHLD) is before or workers  # torch's own, set once a process
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("deed", "message"),
+    [
+        (partial(end_oneself, signal.SIGKILL), "ended by SIGKILL, as the system does where memory runs out"),
+        (partial(end_oneself, signal.SIGBUS), "/dev/shm, shared memory, is too small for what 2 data workers"),
+        (partial(os._exit, 3), "a data worker ended by itself"),
+        (partial(fail, MemoryError()), "a data worker ran out of memory"),
+        (partial(fail, RuntimeError("unable to allocate shared memory(shm) for file </x>")), "/dev/shm, shared memory"),
+        (partial(fail, OSError(errno.EMFILE, "Too many open files")), "raise `ulimit -n`"),
+    ],
+    ids=["killed", "bus-error", "exit", "memory", "shm", "files"],
+)
+def test_lost_workers_are_one_sentence_with_the_option(
+    deed: Callable[[], object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))  # seconds between looks
+    with closing(endless(deed, at=3)) as batches, pytest.raises(WorkersLost, match=re.escape(message)) as error:
+        for _ in range(2):
+            next(batches)
+    assert str(error.value).endswith("use --workers 0, or fewer than 2") and "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_that_cannot_start_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fork", lambda: fail(BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")))
+    told = "2 data workers cannot be started: Resource temporarily unavailable: use --workers 0, or fewer than 2"
+    with closing(endless()) as batches, pytest.raises(WorkersLost, match=told):
+        next(batches)
+
+
+def test_errors_of_the_data_stay_what_they_are() -> None:
+    for workers in (0, 2):
+        for error, message in ((KeyError("no file"), "no file"), (TooManyUnreadable("7 of 9"), r"^7 of 9$")):
+            deed = partial(fail, error)
+            with closing(endless(deed, 0, workers)) as batches, pytest.raises(type(error), match=message):
+                next(batches)
+
+
+def test_a_worker_that_does_not_answer_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "END_S", 0.2)
+    batches = endless(partial(time.sleep, 10_000), at=3)
+    assert next(batches)["x"].tolist() == [0, 1]
+    batches.close(0.2)
+    assert multiprocessing.active_children() == []

@@ -103,6 +103,50 @@ def test_eval_transform(size: tuple[int, int]) -> None:
     assert np.abs(view.numpy().astype(int) - expected).max() <= 1
 
 
+def resized_then_cropped(image: Image.Image, side: int) -> np.ndarray:
+    """(3, side, side): the whole picture enlarged or reduced by Pillow, and the middle of that."""
+    short = round(side * 256 / 224)
+    scale = short / min(image.size)
+    width, height = (max(short, round(length * scale)) for length in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    whole = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(whole.crop((left, top, left + side, top + side))).transpose(2, 0, 1)
+
+
+def test_long_pictures_are_cut_first_to_the_same_pixels() -> None:
+    draw = random.Random(0)
+    for number in range(60):
+        side, short = draw.randrange(1, 60), draw.randrange(1, 30)
+        size = (short, int(short * draw.uniform(1, 30)))
+        noise = np.random.default_rng(number).integers(0, 256, (*size[:: draw.choice((1, -1))], 3), dtype=np.uint8)
+        image = Image.fromarray(noise)
+        np.testing.assert_array_equal(
+            eval_transform(image, side), resized_then_cropped(image, side), err_msg=f"{noise.shape}"
+        )
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 70_000), (70_000, 2)])
+def test_a_long_picture_costs_what_is_shown_of_it(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(np.resize(np.arange(251, dtype=np.uint8), (*size, 3)))
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(self: Image.Image, size: tuple[int, int], *rest: object) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(self, size, *rest)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    assert eval_transform(image, 56).shape == (3, 56, 56) and 0 < max(made) <= 64 * 64
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
+def test_views_of_long_pictures(size: tuple[int, int]) -> None:
+    pixels = np.resize(np.arange(250, dtype=np.uint8), (*size, 1)).repeat(3, axis=2)
+    views = MultiViewTransform(16, 8, 2, 3)(pixels, seed=1)
+    for view in (*views["global_views"], *views["local_views"]):  # the largest box within RATIO is one pixel
+        assert (view == pixels.reshape(-1, 3)[(20_000 - 1) // 2][0]).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
