@@ -12,6 +12,7 @@
 #include "build_info/build_info.h"
 #include "common/allocator.h"
 #include "common/check.h"
+#include "common/fingerprint.h"
 #include "conv3x3/conv3x3.h"
 #include "crop_resize/crop_resize.h"
 #include "group_norm_silu/group_norm_silu.h"
@@ -52,6 +53,11 @@ py::dict build_info() {
   info["cuda_device_error"] = cuda.device_error;
 #endif
   return info;
+}
+
+uint64_t fingerprint_released(uintptr_t block, size_t bytes, int threads) {
+  const py::gil_scoped_release release;
+  return fingerprint(address<const void>(block), bytes, std::max(1, threads));
 }
 
 void crop_resize_checked(uintptr_t image, int height, int width, ptrdiff_t row_stride, uintptr_t boxes, uintptr_t flips,
@@ -475,6 +481,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info);
   module.def("source_hashes", &source_hashes);
   module.def("raise_allocator_thresholds", &raise_allocator_thresholds);
+  module.def("fingerprint", &fingerprint_released);
   module.def("conv3x3", &conv3x3_checked);
   module.def("crop_resize", &crop_resize_checked, py::arg("image"), py::arg("height"), py::arg("width"),
              py::arg("row_stride"), py::arg("boxes"), py::arg("flips"), py::arg("count"), py::arg("size"), py::arg("out"));

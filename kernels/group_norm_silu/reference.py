@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 
 
 def group_norm_silu(
@@ -17,7 +17,7 @@ def group_norm_silu(
     residual_BCHW: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return out, and with a residual (out, x + residual), at least fp32; `stats` are computed here in any case."""
-    with torch.autocast(x_BCHW.device.type, enabled=False):
+    with without_autocast(x_BCHW):
         x = at_least_fp32(x_BCHW)
         if residual_BCHW is not None:
             x = x + at_least_fp32(residual_BCHW)

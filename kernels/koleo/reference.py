@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 
 EPS = 1e-8
 
 
 def koleo(x_NKD: Tensor, min_distance: float = 0.0) -> Tensor:
     """Return the 0-dim fp32 loss; gradients reach both ends of each pair, the choice of pairs has none."""
-    with torch.autocast(x_NKD.device.type, enabled=False):
+    with without_autocast(x_NKD):
         x = F.normalize(at_least_fp32(x_NKD), dim=-1, eps=EPS)
         with torch.no_grad():
             similarity = x @ x.mT

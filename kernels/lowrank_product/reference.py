@@ -5,11 +5,10 @@ Shapes: B images, P patches, K sparse tokens, D key width, E value width.
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 
 COSINE_EPS = 1e-7  # both sides are divided by max(norm, 1e-7)
 
@@ -31,7 +30,7 @@ def lowrank_product(
     bias_PE: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out (B,P,E), localization (B,P,K), peak (B,K) without gradient), all fp32."""
-    with torch.autocast(query_BPD.device.type, enabled=False):
+    with without_autocast(query_BPD):
         localization = localization_logits(query_BPD, key_BKD, temperature).softmax(dim=-1)
         out = localization @ at_least_fp32(value_BKE)
         if bias_PE is not None:

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 
 
 def nearest_code(z_NE: Tensor, codebook_SE: Tensor) -> Tensor:
     """Return (N,) int64; |z - c|^2 = |z|^2 + |c|^2 - 2 z.c, ties take the lowest index."""
-    with torch.autocast(z_NE.device.type, enabled=False):
+    with without_autocast(z_NE):
         z, codebook = at_least_fp32(z_NE), at_least_fp32(codebook_SE)
         dtype = torch.promote_types(z.dtype, codebook.dtype)
         z, codebook = z.to(dtype), codebook.to(dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 
 
 def packed_patch_embed(
@@ -27,7 +27,7 @@ def packed_patch_embed(
     """Return (T, D) fp32; arguments as the operator's."""
     weight, bias, mean, std = map(at_least_fp32, (weight, bias, mean, std))
     packed = []
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         for view, position, keep in zip(images, positions, keep_indices or [None] * len(images), strict=True):
             pixels = view.to(weight.dtype) / (255 if view.dtype == torch.uint8 else 1)
             pixels = (pixels - mean[:, None, None]) / std[:, None, None]

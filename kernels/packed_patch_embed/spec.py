@@ -3,10 +3,14 @@
 S side of the images in pixels, p of a patch, D width, K sparse tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.packed_patch_embed import reference
 from stellar_fast.registry import OpSpec, Shape, draw
 
@@ -28,6 +32,30 @@ def _make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device, generat
         "std": torch.tensor([0.229, 0.224, 0.225], dtype=dtype, device=device),
         "keep_indices": [None, keep.to(device)],
     }
+
+
+def eager(
+    images: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    positions: Sequence[Tensor],
+    cls_token: Tensor,
+    sparse_tokens: Tensor,
+    *,
+    mean: Tensor,
+    std: Tensor,
+    keep_indices: Sequence[Tensor | None],
+) -> Tensor:
+    """As modules of torch compute it, the pixels normalised in fp32."""
+    packed = []
+    for view, position, keep in zip(images, positions, keep_indices, strict=True):
+        pixels = ((at_least_fp32(view) - mean[:, None, None]) / std[:, None, None]).to(weight.dtype)
+        patches = F.conv2d(pixels, weight, bias, stride=weight.shape[-2:]).flatten(2).mT + position[1:]
+        if keep is not None:
+            patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))
+        cls, sparse = (x.expand(len(view), -1, -1) for x in (cls_token + position[:1], sparse_tokens))
+        packed.append(torch.cat((cls, patches, sparse), dim=1).flatten(0, 1))
+    return torch.cat(packed)
 
 
 def _rows(shape: Shape) -> int:
@@ -57,6 +85,7 @@ SPEC = OpSpec(
     ),
     make_inputs=_make_inputs,
     reference=reference.packed_patch_embed,
+    eager=eager,
     gradients=("weight", "bias", "cls_token", "sparse_tokens"),
     flops=_flops,
     bytes=_bytes,

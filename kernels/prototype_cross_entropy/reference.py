@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 
 
 def prototype_cross_entropy(
@@ -25,7 +25,7 @@ def prototype_cross_entropy(
 
     With `split_sizes` one loss a run of so many consecutive predictions, (N,).
     """
-    with torch.autocast(features_RE.device.type, enabled=False):
+    with without_autocast(features_RE):
         logits = at_least_fp32(features_RE) @ at_least_fp32(prototypes_CE).mT
         log_probability = torch.log_softmax(logits / temperature, dim=-1)
         target = dense_targets(targets, len(prototypes_CE), logits.dtype)

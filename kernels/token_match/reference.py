@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 
 
 def transport_plan(
@@ -36,7 +36,7 @@ def token_match(
     return_plan: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the target index of each predicted token, (B, V, K) int64, and the plan; ties take the lowest index."""
-    with torch.no_grad(), torch.autocast(pred_BVKD.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(pred_BVKD):
         plan = transport_plan(pred_BVKD, target_BKD, filter_BK, epsilon, iterations)
         index = plan.argmax(dim=-1)
     return (index, plan) if return_plan else index

@@ -5,9 +5,13 @@ batch.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from stellar_fast.kernels.common.precision import without_autocast
+from stellar_fast.ops.checks import has_values
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601; a number stays on the host: a tensor of it would be waited for on a GPU
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -69,12 +73,15 @@ class ColorAugment(nn.Module):
         if min(images.shape[2:]) <= self.blur_size // 2:
             raise ValueError(f"a blur of {self.blur_size} taps does not fit images of {tuple(images.shape[2:])} pixels")
 
+        # a trace whose sizes may change takes no generator, not even None
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
         device = images.device if generator is None else generator.device
-        draws = torch.rand(len(images), 12, generator=generator, device=device).to(images.device)
+        draws = torch.rand(len(images), 12, **source, device=device).to(images.device)
         jitter, grey, blur = (
             draws[:, i] < p
             for i, p in enumerate((self.jitter_probability, self.grey_probability, self.blur_probability))
         )
+        draws = draws.float()  # whatever torch's default dtype is
         low, high = self.blur_sigma
         sigmas = low + (high - low) * draws[:, 3]
         centred = 2 * draws[:, 4:8] - 1
@@ -84,7 +91,7 @@ class ColorAugment(nn.Module):
         )
         order = draws[:, 8:12].argsort(dim=1)  # order[n, i] is the i-th operation of view n
 
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images):
             views = images.to(torch.float32, copy=True)
             views = self._jitter(views, jitter, factors, order)
             views = _where(grey, views, lambda x: _luma(x).expand_as(x))
@@ -156,7 +163,7 @@ def _luma(images: Tensor) -> Tensor:
 
 def _where(selected: Tensor, images: Tensor, change: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
     """Change the selected images; `parameters` have one row an image. May write into `images`."""
-    if images.is_cpu and not torch.compiler.is_compiling():
+    if images.is_cpu and has_values(images):
         index = selected.nonzero()[:, 0]
         return images.index_copy_(0, index, change(images[index], *(p[index] for p in parameters)))
     # Elsewhere the number of selected images would have to be waited for: all are changed, the selected ones are taken.

@@ -6,27 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from stellar_fast import backend
-from stellar_fast.ops.checks import autocast_dtype
+from stellar_fast.ops.checks import autocast_dtype, channels_last, is_looked_on
 from stellar_fast.ops.conv3x3 import conv3x3, pays
+from stellar_fast.ops.from_weight import from_weight
+
+TYPICAL_SIDE = 64  # of the images that weights are laid out for; others take the same layout
 
 
 class _Packed(NamedTuple):
-    """Weights in oneDNN's layout, and what they were made from."""
+    """What oneDNN reads: the weights in its own layout."""
 
     weight: Tensor
     bias: Tensor | None
-    source: tuple[object, ...]
 
 
 class Conv2d(nn.Conv2d):
     """An ordinary Conv2d, faster on a CPU where its weights are frozen and no gradient is kept.
 
     In fp32 `conv3x3` takes it where fewer products pay. For oneDNN the weights are kept cast and laid out, which torch
-    does at every call: the copy is made at the first one, again when the weights have changed, and does not belong to
-    the module's state.
+    does at every call (`stellar_fast.ops.from_weight`).
     """
-
-    _packed: _Packed | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if self._has_fewer_products(input):
@@ -52,7 +51,7 @@ class Conv2d(nn.Conv2d):
         """
         keeps = torch.is_grad_enabled() and stream.requires_grad
         if self._has_fewer_products(x) and stream.dtype == torch.float32 and not keeps:
-            stream = stream.contiguous(memory_format=torch.channels_last)
+            stream = channels_last(stream)
             arguments = x, self.weight, self.bias
             out, stats = conv3x3(*arguments, residual=stream, stats_groups=groups, out=stream)
             return out, None, stats
@@ -74,8 +73,8 @@ class Conv2d(nn.Conv2d):
             and self.padding == self.stride == self.dilation == ones
             and self.groups == 1
             and self.padding_mode == "zeros"
+            and not is_looked_on(x, weight, self.bias)
             and not self._keeps_gradient(x)
-            and not torch.compiler.is_compiling()
             and pays(x, weight)
             and backend.pick("conv3x3", "cpu") == "cpu"
         )
@@ -85,15 +84,12 @@ class Conv2d(nn.Conv2d):
 
     def _pack(self, x: Tensor) -> _Packed | None:
         """The weights for oneDNN, None where torch's convolution has to take the call."""
-        dtype = autocast_dtype(x.device) or x.dtype
-        weight, bias = self.weight, self.bias
-        if torch.compiler.is_compiling():
-            return None
+        weight, dtype = self.weight, autocast_dtype(x.device) or x.dtype
         if (
             x.device.type != "cpu"
             or dtype not in (torch.float32, torch.bfloat16)
+            or is_looked_on(x, weight, self.bias)
             or self._keeps_gradient(x)
-            or weight.is_inference()  # nothing tells when it changes
             or not torch.backends.mkldnn.is_available()
             or not torch.backends.mkldnn.enabled
             or (dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -102,22 +98,17 @@ class Conv2d(nn.Conv2d):
             or self.padding_mode != "zeros"
         ):
             return None
-        source = (dtype, weight.data_ptr(), weight._version, None if bias is None else (bias.data_ptr(), bias._version))
-        if self._packed is None or self._packed.source != source:
-            with torch.autocast("cpu", enabled=False):
-                laid_out = torch.ops.mkldnn._reorder_convolution_weight(
-                    weight.detach().to(dtype), *self._geometry(), list(x.shape)
-                )
-                cast_bias = None if bias is None else bias.detach().to(dtype)
-            self._packed = _Packed(laid_out, cast_bias, source)
-        return self._packed
+        with torch.autocast("cpu", enabled=False):
+            laid_out = from_weight(_laid_out, weight, dtype, dtype, *self._geometry())
+        return _Packed(laid_out, None if self.bias is None else self.bias.detach().to(dtype))
 
     def _geometry(self) -> tuple[tuple, tuple, tuple, int]:
         return self.padding, self.stride, self.dilation, self.groups  # type: ignore[return-value]
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._packed = None  # FSDP fills its weights anew without a trace
-        super()._load_from_state_dict(*args, **kwargs)
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
+def _laid_out(
+    weight: Tensor, dtype: torch.dtype, padding: tuple, stride: tuple, dilation: tuple, groups: int
+) -> Tensor:
+    sides = (TYPICAL_SIDE + d * k for d, k in zip(dilation, weight.shape[2:], strict=True))
+    size = [1, weight.shape[1] * groups, *sides]
+    return torch.ops.mkldnn._reorder_convolution_weight(weight.to(dtype), padding, stride, dilation, groups, size)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 
 
 class FourierPosition(nn.Module):
@@ -31,6 +31,6 @@ class FourierPosition(nn.Module):
         y = (torch.arange(height, device=device, dtype=matrix.dtype) + 0.5) / height
         x = (torch.arange(width, device=device, dtype=matrix.dtype) + 0.5) / width
         centre = torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=-1).flatten(0, 1)
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(matrix):
             angle = 2 * math.pi * ((2 * centre - 1) @ matrix)
         return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from stellar_fast.ops.checks import is_looked_on
 from stellar_fast.ops.group_norm_silu import group_norm_silu
 from stellar_fast.ops.scratch import scratch
 
@@ -22,7 +23,7 @@ class GroupNormSiLU(nn.GroupNorm):
         tensors = (x, self.weight, self.bias) if addend is None else (x, addend, self.weight, self.bias)
         keeps = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         out = None
-        if transient and x.device.type == "cpu" and x.numel() and not keeps and not torch.compiler.is_compiling():
+        if transient and x.device.type == "cpu" and x.numel() and not keeps and not is_looked_on(*tensors):
             out = scratch(x.shape, x.dtype, "group_norm_silu", torch.channels_last)
         if addend is None:
             return group_norm_silu(*arguments, stats, out=out), x

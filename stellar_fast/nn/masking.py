@@ -4,6 +4,7 @@ N views, P = height * width patches.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,8 +93,11 @@ def random_keep_indices(
     if kept < 1:
         raise ValueError(f"masking_ratio {masking_ratio} keeps none of {num_patches} patches")
 
+    # a trace whose sizes may change takes no generator, not even None
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
+
     def rand(*size: int) -> Tensor:
-        return torch.rand(*size, generator=generator, device=device)
+        return torch.rand(*size, **source, device=device)
 
     def randint(high: int) -> Tensor:  # uniform in 0..high-1; the minimum guards the rounding of rand() to 1
         return (rand(num_views) * high).long().clamp_max(high - 1)

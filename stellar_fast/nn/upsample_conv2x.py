@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from stellar_fast.ops.from_weight import forget
 from stellar_fast.ops.upsample_conv2x import upsample_conv2x
 
 
@@ -17,7 +16,3 @@ class UpsampleConv2x(nn.Conv2d):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Map (B, C, H, W) to (B, C', 2 H, 2 W), with the statistics of `stats_groups` groups where asked for."""
         return upsample_conv2x(x, self.weight, self.bias, stats_groups=stats_groups)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        forget()  # FSDP fills its weights anew without a trace
-        super()._load_from_state_dict(*args, **kwargs)

@@ -1,5 +1,6 @@
 """The one door of each operator: arguments are checked here, then the chosen backend computes."""
 
+from stellar_fast.ops import flops
 from stellar_fast.ops.add_layer_norm import add_layer_norm
 from stellar_fast.ops.conv3x3 import conv3x3
 from stellar_fast.ops.crop_resize import crop_resize
@@ -36,3 +37,5 @@ __all__ = [
     "token_self_attention",
     "upsample_conv2x",
 ]
+
+flops.register()

@@ -6,7 +6,14 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.add_layer_norm import reference
-from stellar_fast.ops.checks import check_devices, check_floating, check_positive, in_forward_mode, with_dense_rows
+from stellar_fast.ops.checks import (
+    check_devices,
+    check_floating,
+    check_positive,
+    in_forward_mode,
+    surely,
+    with_dense_rows,
+)
 from stellar_fast.tune.lookup import knobs, threads
 
 # Below this many elements the dispatch of a registered operator costs more than one pass over memory saves: it is
@@ -207,7 +214,7 @@ def _unfit(dtypes: tuple[torch.dtype, ...], elements: int) -> tuple[tuple[str, s
     unfit = [
         (n, f"it does not compute in {dtype}") for n, taken in DTYPES.items() for dtype in dtypes if dtype not in taken
     ]
-    if elements < SMALL and backend.requested(_OPERATOR) is None:
+    if surely(elements < SMALL) and backend.requested(_OPERATOR) is None:
         unfit.append(("cpu", "the tensors are small"))
     return tuple(unfit)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -76,7 +77,7 @@ def check_out(
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"out is given but {name} needs a gradient")
         same = name == may_be and tensor.data_ptr() == out.data_ptr() and tensor.stride() == out.stride()
-        if not same and _overlap(tensor, out):
+        if not same and has_values(out) and has_values(tensor) and _overlap(tensor, out):
             raise ValueError(f"out overlaps {name} in memory")
 
 
@@ -94,14 +95,40 @@ def with_dense_rows(x: Tensor) -> Tensor:
     return x if dense else x.contiguous()
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Images (B, C, H, W), channels innermost in memory; as they lie under torch.func, which has no layouts."""
+    return x if _in_functorch() else x.contiguous(memory_format=torch.channels_last)
+
+
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether to read values: on a CPU; elsewhere it waits for the device, so only under STELLAR_FAST_CHECK=1."""
-    readable = tensor.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1"
-    return readable and not torch.compiler.is_compiling()
+    return has_values(tensor) and (tensor.device.type == "cpu" or os.environ.get("STELLAR_FAST_CHECK") == "1")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether Python can read values: not while a graph is traced, of meta and fake tensors, under torch.func."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
+        or tensor.device.type == "meta"
+        or isinstance(tensor, FakeTensor)
+        or _in_functorch()
+    )
+
+
+def surely(condition: bool) -> bool:
+    """A condition on sizes; False in a trace where sizes that may change decide, so that it serves them all."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of products under autocast on this device, None where that is off."""
+    if device.type == "meta":  # has none
+        return None
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
@@ -113,6 +140,18 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0 or _in_functorch()
 
 
+def is_looked_on(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go by torch's dispatcher: a mode, a trace or a transform looks on, or a subclass comes."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or in_forward_mode()
+        or any(t is not None and type(t) not in (Tensor, Parameter) for t in tensors)
+    )
+
+
 def may_skip_dispatch(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called without its registered operator: no gradient is kept, and nothing looks on.
 
@@ -120,13 +159,10 @@ def may_skip_dispatch(*tensors: Tensor | None) -> bool:
     """
     keeps = torch.is_grad_enabled()
     return not (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state()
+        is_looked_on(*tensors)
         or torch.autograd._profiler_enabled()
-        or in_forward_mode()
-    ) and all(t is None or (type(t) in (Tensor, Parameter) and not (keeps and t.requires_grad)) for t in tensors)
+        or any(keeps and t is not None and t.requires_grad for t in tensors)
+    )
 
 
 def _in_functorch() -> bool:

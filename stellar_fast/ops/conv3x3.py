@@ -9,7 +9,16 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.common.statistics import statistics
 from stellar_fast.kernels.conv3x3 import reference
-from stellar_fast.ops.checks import autocast_dtype, check_floating, check_out, check_shapes, in_forward_mode
+from stellar_fast.ops.checks import (
+    autocast_dtype,
+    channels_last,
+    check_floating,
+    check_out,
+    check_shapes,
+    in_forward_mode,
+    is_looked_on,
+    surely,
+)
 from stellar_fast.ops.scratch import scratch
 from stellar_fast.tune.lookup import threads
 
@@ -21,7 +30,6 @@ from stellar_fast.tune.lookup import threads
 MIN_CHANNELS, MIN_PRODUCTS, MIN_PIXELS, MIN_SIDE = 32, 1 << 21, 256, 8
 COLUMNS = 16  # kConvColumns of csrc/conv3x3
 _OPERATOR = "conv3x3"
-_channels_last = torch.channels_last
 
 
 # Returns (out, stats), stats of shape (B, 0, 2) where groups is 0.
@@ -47,10 +55,10 @@ def _compute(
     backend.ran(_OPERATOR, name)
     if not len(x):
         return
-    x = x.contiguous(memory_format=_channels_last)
+    x = channels_last(x)
     bias = None if bias is None else bias.contiguous()
-    residual = None if residual is None else residual.contiguous(memory_format=_channels_last)
-    weight = weight.contiguous(memory_format=_channels_last)
+    residual = None if residual is None else channels_last(residual)
+    weight = channels_last(weight)
     B, C, H, W = x.shape
     O = out.shape[1]  # noqa: E741
     panels = scratch((16 * C * (O + -O % COLUMNS),), x.dtype, "weights of conv3x3")
@@ -82,12 +90,12 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], name: 
         for empty in grads:
             empty.zero_()
         return grads
-    grad, x = (t.contiguous(memory_format=_channels_last) for t in (grad, x))
+    grad, x = (channels_last(t) for t in (grad, x))
     sizes, ones = [weight.shape[0]] if needs[2] else None, [1, 1]
     found = torch.ops.aten.convolution_backward(grad, x, weight, sizes, ones, ones, ones, False, [0, 0], 1, needs)
     grad_x, grad_weight, grad_bias = (f if needed else g for f, g, needed in zip(found, grads, needs, strict=True))
     if needs[0]:
-        grad_x = grad_x.contiguous(memory_format=_channels_last)
+        grad_x = channels_last(grad_x)
     return grad_x, grad_weight.contiguous(), grad_bias
 
 
@@ -121,14 +129,14 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def _empty_outputs(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     B, _, H, W = x.shape
-    out = torch.empty((B, weight.shape[0], H, W), dtype=x.dtype, device=x.device, memory_format=_channels_last)
+    out = torch.empty((B, weight.shape[0], H, W), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return out, x.new_empty(B, groups, 2, dtype=torch.float32)
 
 
 def _empty_grads(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     needs_x, needs_weight, needs_bias = needs
     return (
-        torch.empty_like(x, memory_format=_channels_last) if needs_x else x.new_empty(0),
+        torch.empty_like(x, memory_format=torch.channels_last) if needs_x else x.new_empty(0),
         weight.new_empty(weight.shape if needs_weight else 0),
         weight.new_empty(weight.shape[0] if needs_bias else 0),
     )
@@ -217,8 +225,9 @@ def conv3x3(
     if name == "cpu":
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         arguments = x, weight, bias, residual, stats_groups or 0, name
-        if out is None:
-            out, stats = _forward(*arguments)
+        if out is None or is_looked_on(*named.values(), out):
+            found, stats = _forward(*arguments)
+            out = found if out is None else out.copy_(found)
         else:
             stats = out.new_empty(len(x), stats_groups or 0, 2)
             _compute(*arguments, out, stats)
@@ -226,12 +235,12 @@ def conv3x3(
                 torch.autograd.graph.increment_version(out)
         return out if stats_groups is None else (out, stats)
     if name == "torch":
-        found = F.conv2d(x.contiguous(memory_format=_channels_last).to(dtype), weight, bias, padding=1)
+        found = F.conv2d(channels_last(x).to(dtype), weight, bias, padding=1)
         found = found if residual is None else found + residual
     else:
         wide = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
         found = reference.conv3x3(x, weight, bias, residual).to(wide)
-    out = found.contiguous(memory_format=_channels_last) if out is None else out.copy_(found)
+    out = channels_last(found) if out is None else out.copy_(found)
     return out if stats_groups is None else (out, statistics(out, stats_groups))
 
 
@@ -239,8 +248,8 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether fewer products are worth their transforms, on a CPU in fp32."""
     (O, C), (H, W) = weight.shape[:2], x.shape[2:]  # noqa: E741
     pixels = len(x) * H * W
-    enough = pixels >= MIN_PIXELS and pixels * C * O >= MIN_PRODUCTS
-    return enough and min(C, O) >= MIN_CHANNELS and min(H, W) >= MIN_SIDE
+    enough = surely(pixels >= MIN_PIXELS) and surely(pixels * C * O >= MIN_PRODUCTS)
+    return enough and min(C, O) >= MIN_CHANNELS and surely(H >= MIN_SIDE) and surely(W >= MIN_SIDE)
 
 
 def _unfit(dtypes: set[torch.dtype]) -> tuple[tuple[str, str], ...]:

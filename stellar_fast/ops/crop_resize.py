@@ -52,7 +52,7 @@ def crop_resize(
             f"box (top, left, height, width) = {box} must lie inside the image, which is {height} x {width}"
         )
 
-    views = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+    views = torch.empty(len(rows), 3, size, size, dtype=torch.uint8, device="cpu")
     if backend.pick("crop_resize") == "cpu":
         backend.ran("crop_resize", "cpu")
         _native_crop_resize(pixels, rows, mirrored, size, views)

@@ -7,14 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stellar_fast import backend, native
+from stellar_fast.kernels.common.precision import without_autocast
 from stellar_fast.kernels.group_norm_silu import reference
 from stellar_fast.ops.checks import (
+    channels_last,
     check_devices,
     check_floating,
     check_out,
     check_positive,
     check_shapes,
     in_forward_mode,
+    is_looked_on,
     may_skip_dispatch,
 )
 from stellar_fast.tune.lookup import threads
@@ -58,8 +61,8 @@ def _compute(
     found: Tensor,
 ) -> None:
     backend.ran(_OPERATOR, name)
-    x, weight, bias = _channels_last(x), _floats(weight), _floats(bias)
-    residual = None if residual is None else _channels_last(residual)
+    x, weight, bias = channels_last(x), _floats(weight), _floats(bias)
+    residual = None if residual is None else channels_last(residual)
     kept = found if stats is None else stats.contiguous()
     addresses = (_address(residual), y.data_ptr(), kept.data_ptr(), stats is not None, out.data_ptr())
     norm = _norm(x, groups, weight, bias, eps)
@@ -95,8 +98,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend.ran(_OPERATOR, name)
     grad, grad_weight, grad_bias = grads = _empty_grads(y, weight)
-    y, grad_out, stats = _channels_last(y), _channels_last(grad_out), stats.contiguous()
-    grad_y = None if grad_y is None else _channels_last(grad_y)
+    y, grad_out, stats = channels_last(y), channels_last(grad_out), stats.contiguous()
+    grad_y = None if grad_y is None else channels_last(grad_y)
     wide_weight, wide_bias = _floats(weight), _floats(bias)
     addresses = [_address(t) for t in (stats, grad_out, grad_y, y, grad, grad_weight, grad_bias)]
     norm = _norm(y, groups, wide_weight, wide_bias, eps)
@@ -236,38 +239,40 @@ def group_norm_silu(
         check_out(out, x.shape, dtype, tensors)
     name = backend.pick(_OPERATOR, x.device.type, _unfit(dtype, weight.dtype, bias.dtype))
     if name in DTYPES:
-        x = _channels_last(x.to(dtype))
-        residual = None if residual is None else _channels_last(residual.to(dtype))
+        x = channels_last(x.to(dtype))
+        residual = None if residual is None else channels_last(residual.to(dtype))
         arguments = x, residual, groups, weight, bias, eps, None if stats is None else stats.detach(), name
-        if out is None and not may_skip_dispatch(x, residual, weight, bias, stats):
-            out, y, _ = _forward(*arguments)
-        else:
+        inputs = x, residual, weight, bias, stats
+        if may_skip_dispatch(*inputs) if out is None else not is_looked_on(*inputs, out):
             given = out is not None
             out = torch.empty_like(x, memory_format=torch.channels_last) if out is None else out
             y, found = _empty_beside(out, residual, groups, stats)
             _compute(*arguments, out, y, found)
             if given and not out.is_inference():
                 torch.autograd.graph.increment_version(out)
+        else:
+            image, y, _ = _forward(*arguments)
+            out = image if out is None else out.copy_(image)
         return out if residual is None else (out, y)
     if name == "reference":
         result = reference.group_norm_silu(x, groups, weight, bias, eps, stats, residual)
     else:
         result = _torch(x.to(dtype), groups, weight, bias, eps, None if residual is None else residual.to(dtype))
     image, *sums = (result,) if isinstance(result, Tensor) else result
-    image = _channels_last(image.to(dtype)) if out is None else out.copy_(image)
-    return (image, _channels_last(sums[0].to(dtype))) if sums else image
+    image = channels_last(image.to(dtype)) if out is None else out.copy_(image)
+    return (image, channels_last(sums[0].to(dtype))) if sums else image
 
 
 def _torch(
     x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    x = _channels_last(x)
-    y = x if residual is None else x + _channels_last(residual)
+    x = channels_last(x)
+    y = x if residual is None else x + channels_last(residual)
     frozen = torch.is_grad_enabled() and not y.requires_grad and (weight.requires_grad or bias.requires_grad)
     # torch 2.13's backward crashes where a channels-last tensor on a CPU needs no gradient but its weight does
     given = y.contiguous() if frozen and y.device.type == "cpu" else y
     # the functional form would refuse an image of one value a group
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         wide = torch.promote_types(torch.promote_types(y.dtype, weight.dtype), bias.dtype)
         out = F.silu(torch.group_norm(given.to(wide), groups, weight.to(wide), bias.to(wide), eps))
     return out if residual is None else (out, y)
@@ -282,10 +287,6 @@ def _unfit(dtype: torch.dtype, weight: torch.dtype, bias: torch.dtype) -> tuple[
     if torch.float64 in (weight, bias):
         unfit += [(name, "it does not compute in torch.float64") for name in DTYPES]
     return tuple(unfit)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _floats(x: Tensor) -> Tensor:

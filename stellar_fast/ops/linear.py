@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.linear import config, reference
-from stellar_fast.ops.checks import autocast_dtype, check_devices, check_floating, in_forward_mode
+from stellar_fast.ops.checks import autocast_dtype, check_devices, check_floating, in_forward_mode, surely
 from stellar_fast.ops.scratch import scratch
 from stellar_fast.tune.lookup import knobs
 
@@ -259,7 +259,7 @@ def _unfit(dtypes: set[torch.dtype], multiply_adds: int) -> tuple[tuple[str, str
         reason = f"it does not compute in {' and '.join(sorted(map(str, dtypes)))}"
     elif torch.bfloat16 in dtypes and not _onednn_has_bf16():
         reason = "it does not compute in torch.bfloat16 on this processor"
-    elif multiply_adds < SMALL_PRODUCT and backend.requested(_OPERATOR) is None:
+    elif surely(multiply_adds < SMALL_PRODUCT) and backend.requested(_OPERATOR) is None:
         reason = "the product is small"
     return (("onednn", reason),) if reason else ()
 

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stellar_fast import backend
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 from stellar_fast.kernels.packed_patch_embed import reference
 from stellar_fast.ops.checks import autocast_dtype, check_devices, check_shapes, in_forward_mode, values_are_checked
 from stellar_fast.ops.linear import linear
@@ -260,7 +261,8 @@ def packed_patch_embed(
     sequences = []
     for rows, p, position, keep in zip(patches.split(counts), pixels, positions, keep_indices, strict=True):
         N, kept = p.shape[:2]
-        place = position[1:] if keep is None else position[1:][keep]
+        # an embedding's gradient is summed in order, that of an index by as many threads as there are at once
+        place = position[1:] if keep is None else F.embedding(keep, position[1:])
         cls = (cls_token + position[0]).expand(N, 1, -1)
         sparse = sparse_tokens.expand(N, -1, -1)
         sequences.append(torch.cat((cls, rows.view(N, kept, rows.shape[1]) + place, sparse), dim=1).flatten(0, 1))
@@ -301,9 +303,9 @@ def _num_patches(images: Tensor, patch: Sequence[int]) -> int:
 
 def _project(pixels: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Patches (R, D) of pixels (R, 3, p, q) in [0, 1], with the colours normalised."""
-    device = pixels.device.type
-    reduced = torch.is_autocast_enabled(device) or weight.dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(device, enabled=False):
+    autocast = autocast_dtype(pixels.device) is not None
+    reduced = autocast or weight.dtype in (torch.bfloat16, torch.float16)
+    with without_autocast(pixels):
         if reduced:  # 16 bits hold little of a pixel before its mean is gone: folded, gradients were 3 times as far off
             pixels = (pixels - mean[:, None, None]) / std[:, None, None]
             folded, shift = weight, bias
@@ -311,7 +313,7 @@ def _project(pixels: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, std: Te
             folded = weight / std[:, None, None]
             shift = bias - (folded * mean[:, None, None]).sum(dim=(1, 2, 3))
     rows = pixels.flatten(1)
-    return linear(rows if torch.is_autocast_enabled(device) else rows.to(weight.dtype), folded.flatten(1), shift)
+    return linear(rows if autocast else rows.to(weight.dtype), folded.flatten(1), shift)
 
 
 def _kept_pixels(images: Tensor, keep: Tensor | None, patch: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stellar_fast import backend, native
+from stellar_fast.kernels.common.precision import without_autocast
 from stellar_fast.kernels.linear import config
 from stellar_fast.kernels.patch_unembed import reference
 from stellar_fast.ops.checks import (
@@ -16,6 +17,7 @@ from stellar_fast.ops.checks import (
     check_positive,
     check_shapes,
     in_forward_mode,
+    surely,
 )
 from stellar_fast.ops.linear import SMALL_PRODUCT, product
 from stellar_fast.tune.lookup import knobs, threads
@@ -126,7 +128,7 @@ def _product(direction: str, left: Tensor, right: Tensor, weight: Tensor) -> Ten
         H, pixels = weight.flatten(1).shape
         sizes = {"T": len(left), "I": pixels, "O": H}
         chosen = getattr(knobs("linear", config, sizes, left.dtype, left.device), direction)
-    with torch.autocast(left.device.type, enabled=False):
+    with without_autocast(left):
         return product(direction, chosen, left, right)
 
 
@@ -204,6 +206,6 @@ def _unfit(dtypes: set[torch.dtype], multiply_adds: int) -> tuple[tuple[str, str
         for name, taken in DTYPES.items()
         if len(dtypes) > 1 or not dtypes <= {*taken}
     ]
-    if multiply_adds < SMALL_PRODUCT and backend.requested(_OPERATOR) is None:
+    if surely(multiply_adds < SMALL_PRODUCT) and backend.requested(_OPERATOR) is None:
         unfit.append(("cpu", "the product is small"))
     return tuple(unfit)

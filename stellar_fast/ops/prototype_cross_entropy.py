@@ -11,10 +11,12 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.prototype_cross_entropy import config_cpu, reference
 from stellar_fast.ops.checks import (
+    autocast_dtype,
     check_floating,
     check_positive,
     check_shapes,
     in_forward_mode,
+    surely,
     values_are_checked,
     with_dense_rows,
 )
@@ -399,15 +401,16 @@ def prototype_cross_entropy(
         raise ValueError("features has 0 rows: there is no mean over no predictions")
     check_positive(C=sizes["C"], E=sizes["E"], temperature=temperature)
     runs = [sizes["R"]] if split_sizes is None else list(split_sizes)
-    if sum(runs) != sizes["R"] or min(runs, default=0) < 1:
+    if sum(runs) != sizes["R"] or any(run < 1 for run in runs):
         raise ValueError(f"split_sizes must be positive and {sizes['R']} in all, as features has rows, but are {runs}")
     check_floating(features=features, prototypes=prototypes)
     parts, target_temperature = _check_targets(targets, index, features, prototypes)
     if values_are_checked(features):
         _check_values(parts, index, sizes["C"])
     dtype = torch.promote_types(features.dtype, prototypes.dtype)
-    if torch.is_autocast_enabled(features.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(features.device.type)
+    autocast = autocast_dtype(features.device)
+    if autocast is not None and dtype != torch.float64:
+        dtype = autocast
     if len(parts) == 4:
         target_dtype = torch.promote_types(parts[2].dtype, parts[3].dtype)
         parts = parts[:2] + [x.to(target_dtype) for x in parts[2:]]
@@ -416,7 +419,7 @@ def prototype_cross_entropy(
         features, prototypes = features.to(dtype), prototypes.to(dtype)
         return reference.prototype_cross_entropy(features, prototypes, targets, index, temperature, split_sizes)
     index = None if index is None else index.contiguous()
-    keeps = 2 * sizes["R"] >= sizes["E"] and torch.is_grad_enabled()
+    keeps = torch.is_grad_enabled() and not surely(2 * sizes["R"] < sizes["E"])
     needs = [keeps and x.requires_grad for x in (features, prototypes)]
     losses, *_ = _forward(features, prototypes, parts, target_temperature, index, temperature, dtype, runs, needs, name)
     return losses.view(()) if split_sizes is None else losses

@@ -26,10 +26,10 @@ def scratch(
     """
     size = math.prod(shape) * dtype.itemsize
     if size > LIMIT:
-        return torch.empty(shape, dtype=dtype, memory_format=memory_format)
+        return torch.empty(shape, dtype=dtype, device="cpu", memory_format=memory_format)
     kept = getattr(_of_thread, place, None)
     if kept is None or kept.numel() < size:
-        kept = torch.empty(size, dtype=torch.uint8)
+        kept = torch.empty(size, dtype=torch.uint8, device="cpu")
         setattr(_of_thread, place, kept)
     block = kept[:size].view(dtype)
     if memory_format == torch.channels_last:

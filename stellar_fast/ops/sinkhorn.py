@@ -17,7 +17,14 @@ from torch import Tensor
 from stellar_fast import backend, native
 from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.kernels.sinkhorn import reference
-from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, with_dense_rows
+from stellar_fast.ops.checks import (
+    check_floating,
+    check_positive,
+    check_shapes,
+    has_values,
+    in_forward_mode,
+    with_dense_rows,
+)
 from stellar_fast.tune.lookup import knobs, threads
 
 DTYPES = {
@@ -26,6 +33,9 @@ DTYPES = {
 }
 # Elements of a thread's part: fewer take less time than waking a second thread does.
 SMALL = 1 << 15
+# A column's potential is as large as its scores, logits / temperature. Three roundings of numbers up to this one move
+# an assignment by at most 1e-4 of itself. Of larger scores the logits' distance from their column's largest is taken.
+LARGE_SCORE = 512.0
 _OPERATOR = "sinkhorn"
 
 
@@ -170,6 +180,10 @@ def sinkhorn_potentials(
         group: process group whose ranks hold the other rows; column maxima and sums are exchanged, nothing else.
         statistics: also return, from the last pass, what is known of each row's assignments.
 
+    Of scores (logits / temperature) up to 512, fp32 gives assignments within 1e-4 of themselves; beyond, the sum of a
+    score and its column's potential is off by up to 2^-22 of the score. On a CPU `near_their_peaks` then gives logits
+    with the same assignments of which this does not matter; on a GPU scores have to stay below some thousands.
+
     Returns:
         row (R,) and column (C,) fp32; with `statistics` also entropy (R,) fp32, -sum of t log t in nats, and first
         (R,) int64, the column with the largest assignment (of equal ones the lowest).
@@ -214,8 +228,34 @@ def _checked(logits: Tensor, temperature: float, iterations: int, scale: float) 
         if not sizes[letter]:
             raise ValueError(f"logits has 0 {what}: nothing to assign")
     check_positive(temperature=temperature, iterations=iterations, scale=scale)
-    unfit = ((n, f"it does not compute in {logits.dtype}") for n, taken in DTYPES.items() if logits.dtype not in taken)
-    return backend.pick(_OPERATOR, logits.device.type, tuple(unfit))
+    return backend.pick(_OPERATOR, logits.device.type, _unfit(logits.dtype))
+
+
+def _unfit(dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
+    """Backends that cannot take this call, with the reason."""
+    if in_forward_mode():
+        return tuple((name, "it has no rule for torch.func") for name in DTYPES)
+    return tuple((name, f"it does not compute in {dtype}") for name, taken in DTYPES.items() if dtype not in taken)
+
+
+def near_their_peaks(
+    logits: Tensor, column: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Where roundings of large scores would show: (logits less the largest of their column, those largest (C,)).
+
+    They have the same assignments: a column's potential takes up what is subtracted from all of its logits.
+
+    Args:
+        logits: (R, C), as `sinkhorn_potentials` was given them.
+        column: (C,) that it returned; read on a CPU, and on a GPU taken for small.
+        group: likewise.
+    """
+    if column.device.type != "cpu" or not has_values(column) or not column.abs().amax() > LARGE_SCORE:
+        return None
+    peak = at_least_fp32(logits).amax(0)
+    if group is not None:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+    return at_least_fp32(logits) - peak, peak
 
 
 def _solve(
@@ -229,6 +269,26 @@ def _solve(
     name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = with_dense_rows(logits.detach())
+    options = iterations, scale, group, assignments, statistics, name
+    row, column, *results = _solve_once(logits, temperature, *options)
+    nearer = near_their_peaks(logits, column, group)
+    if nearer is not None:
+        row, rest, *results = _solve_once(nearer[0], temperature, *options)
+        column = rest - nearer[1] / temperature
+    assignment, entropy, first = results
+    return row, column, assignment, entropy, first
+
+
+def _solve_once(
+    logits: Tensor,
+    temperature: float,
+    iterations: int,
+    scale: float,
+    group: dist.ProcessGroup | None,
+    assignments: bool,
+    statistics: bool,
+    name: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if group is None:
         return _whole(logits, temperature, iterations, scale, assignments, statistics, name)
     local_peak, sums = _columns(logits, temperature, name)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stellar_fast import backend, native
+from stellar_fast.kernels.common.precision import without_autocast
 from stellar_fast.kernels.token_attention import reference
 from stellar_fast.ops.checks import check_floating, check_shapes, in_forward_mode, values_are_checked
 from stellar_fast.tune.lookup import knobs, threads
@@ -433,7 +434,7 @@ def _by_groups(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) ->
         end_q, end_k = at_q + count * length_q, at_k + count * length_k
         batched_q = q[at_q:end_q].view(count, length_q, *q.shape[1:]).transpose(1, 2)
         batched_k, batched_v = (x[at_k:end_k].view(count, length_k, *x.shape[1:]).transpose(1, 2) for x in (k, v))
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q):
             outs.append(_batched(batched_q, batched_k, batched_v, scale).transpose(1, 2).flatten(0, 1))
         at_q, at_k = end_q, end_k
     return torch.cat(outs) if outs else q + k.sum() + v.sum()
@@ -441,6 +442,6 @@ def _by_groups(q: Tensor, k: Tensor, v: Tensor, groups: Groups, scale: float) ->
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """(count, H, length, d) each. On a CPU SDPA is slower than its two products (docs/log.md)."""
-    if q.device.type != "cpu":
+    if q.device.type not in ("cpu", "meta"):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     return (scale * q @ k.mT).softmax(dim=-1) @ v

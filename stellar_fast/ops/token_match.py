@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stellar_fast import backend, native
 from stellar_fast.kernels.token_match import reference
-from stellar_fast.ops.checks import check_floating, check_positive, check_shapes
+from stellar_fast.ops.checks import check_floating, check_positive, check_shapes, in_forward_mode
 from stellar_fast.tune.lookup import knobs, threads
 
 LARGEST_K = 64  # tokens whose K x K problem the kernels keep in registers or in the first-level cache
@@ -121,6 +121,7 @@ def token_match(
     check_floating(pred=pred, target=target)
     check_positive(epsilon=epsilon, iterations=iterations, K=sizes["K"], D=sizes["D"])
     name = backend.pick(_OPERATOR, pred.device.type, _unfit(sizes["K"], pred.dtype, target.dtype))
+    pred, target = pred.detach(), target.detach()
     if name == "reference":
         return reference.token_match(pred, target, filter, epsilon, iterations, return_plan)
     pred, target = _with_dense_tokens(pred), _with_dense_tokens(target)
@@ -131,6 +132,8 @@ def token_match(
 
 def _unfit(K: int, *dtypes: torch.dtype) -> tuple[tuple[str, str], ...]:
     """Backends that cannot take this call, with the reason."""
+    if in_forward_mode():
+        return tuple((name, "it has no rule for torch.func") for name in DTYPES)
     unfit = [
         (n, f"it does not compute in {dtype}") for n, taken in DTYPES.items() for dtype in dtypes if dtype not in taken
     ]

@@ -17,7 +17,7 @@ from stellar_fast.kernels.upsample_conv2x.phases import (
     phase_weights,
     product_weights,
 )
-from stellar_fast.ops.checks import autocast_dtype, check_floating, check_shapes, in_forward_mode
+from stellar_fast.ops.checks import autocast_dtype, channels_last, check_floating, check_shapes, in_forward_mode
 from stellar_fast.ops.from_weight import from_weight
 from stellar_fast.tune.lookup import threads
 
@@ -29,7 +29,6 @@ DTYPES = {
 # memory that glibc reuses.
 PHASES_BYTES = 24 * 2**20
 _OPERATOR = "upsample_conv2x"
-_channels_last = torch.channels_last
 
 
 # Returns (out, stats), stats of shape (B, 0, 2) where groups is 0.
@@ -143,7 +142,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, needs: list[bool], name: 
             1,
             [needs_x, needs_weight, False],
         )
-        grad_x = of_x.contiguous(memory_format=_channels_last) if needs_x else grad_x
+        grad_x = channels_last(of_x) if needs_x else grad_x
         grad_weight = fold_phases(of_taps.float()).to(weight.dtype) if needs_weight else grad_weight
     return grad_x, grad_weight, grad_bias
 
@@ -187,8 +186,8 @@ def _multiplies_bf16() -> bool:
 
 def _dense(x: Tensor) -> Tensor:
     """With the channels innermost, at an address that 16-byte accesses take."""
-    x = x.contiguous(memory_format=_channels_last)
-    return x.clone(memory_format=_channels_last) if x.data_ptr() % 16 else x
+    x = channels_last(x)
+    return x.clone(memory_format=torch.channels_last) if x.data_ptr() % 16 else x
 
 
 def _sizes(out: Tensor) -> tuple[int, int, int, int]:
@@ -210,7 +209,7 @@ def _stream(x: Tensor) -> tuple[int, int]:
 
 def _empty(like: Tensor, channels: int, height: int, width: int) -> Tensor:
     shape = like.shape[0], channels, height, width
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_channels_last)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _empty_outputs(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +228,7 @@ def _empty_grads(x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, 
 
 def _sliced(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The phases by torch alone. A bias that learns goes on top of all four, so that its gradient is rounded once."""
-    x = x.contiguous(memory_format=_channels_last)
+    x = channels_last(x)
     H, W = x.shape[2:]
     bias = None if bias is None else bias.to(x.dtype)
     learns = bias is not None and bias.requires_grad and torch.is_grad_enabled()
@@ -258,8 +257,8 @@ def upsample_conv2x(
 
     Args:
         x: (B, C, H, W) floating; copied unless it is channels_last in memory.
-        weight: (O, C, 3, 3) of the same dtype (any floating dtype under autocast, which rules). What is made of it is
-            kept until it changes: change it in place or exchange it, but not through its `.data`.
+        weight: (O, C, 3, 3) of the same dtype (any floating dtype under autocast, which rules). On a CPU what is made
+            of a frozen one is kept until any of its bytes changes.
         bias: (O,).
         stats_groups: of channels, for the GroupNorm that reads the result; divides O.
 
@@ -297,7 +296,7 @@ def upsample_conv2x(
     if name == "torch":
         out = _sliced(x.to(dtype), weight, bias)
     else:
-        out = reference.upsample_conv2x(x, weight, bias).to(dtype).contiguous(memory_format=_channels_last)
+        out = channels_last(reference.upsample_conv2x(x, weight, bias).to(dtype))
     return out if stats_groups is None else (out, statistics(out, stats_groups))
 
 
