@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 from stellar_fast.models.config import DecoderConfig
 from stellar_fast.nn.fourier_position import FourierPosition
 from stellar_fast.nn.linear import Linear
 from stellar_fast.nn.patch_unembed import PatchUnembed
+from stellar_fast.nn.plain import input_dtype, is_plain
 from stellar_fast.nn.vit import Sequences, Transformer, init_vit_weights
+from stellar_fast.ops.checks import autocast_dtype
 from stellar_fast.ops.lowrank_product import lowrank_product
 
 
@@ -35,7 +37,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, embed_dim: int, patch_size: int, num_codes: int | None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.num_codes = config, num_codes
         dim = config.hidden_size
         self.proj = Linear(embed_dim, dim)
         self.position = FourierPosition(dim)
@@ -67,19 +69,37 @@ class Decoder(nn.Module):
         Returns:
             pixels (B, 3, height, width) or code logits (B, P, codes); the localization matrix, (B, P, K) fp32.
         """
-        value = F.linear(sparse_BKD.to(self.proj.weight.dtype), self.proj.weight)
-        bias = at_least_fp32(self.position(grid)) + at_least_fp32(self.proj.bias)
-        if isinstance(where, Tensor):
-            spatial = at_least_fp32(where)
-            with torch.autocast(value.device.type, enabled=False):  # fp32, as in training
-                x = spatial @ at_least_fp32(value) + bias
-        else:
-            x, localization, _ = lowrank_product(
-                where.query, where.key, value, temperature=where.temperature, bias=bias, return_localization=True
-            )
-            assert localization is not None  # asked for
-            spatial = localization
+        if is_plain(self.proj, Linear) and self.proj.bias is not None:
+            weight = self.proj.weight
+            value, bias = F.linear(sparse_BKD.to(weight.dtype), weight), at_least_fp32(self.proj.bias)
+            x, spatial = self._lowrank(value, where, at_least_fp32(self.position(grid)) + bias)
+            x = x.to(weight.dtype)
+        else:  # somebody wrapped or replaced it: P rows are projected
+            lowrank, spatial = self._lowrank(sparse_BKD, where)
+            x = self.proj(lowrank.to(input_dtype(self.proj, sparse_BKD)))
+            stream = at_least_fp32(x) if autocast_dtype(x.device) is not None else x
+            x = (at_least_fp32(x) + at_least_fp32(self.position(grid))).to(stream.dtype)
         B, P, H = x.shape
-        sequences = Sequences.of([(B, P)], x.device)
-        x = self.transformer(x.to(self.proj.weight.dtype).flatten(0, 1), sequences).view(B, P, H)
-        return self.head(x, grid) if isinstance(self.head, PatchUnembed) else self.head(x), spatial
+        x = self.transformer(x.flatten(0, 1), Sequences.of([(B, P)], x.device)).view(B, P, H)
+        return self._to_head(x, grid), spatial
+
+    @staticmethod
+    def _lowrank(value_BKE: Tensor, where: Localizer | Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """L value + bias (B, P, E), and L (B, P, K) in fp32."""
+        if not isinstance(where, Tensor):
+            x, spatial, _ = lowrank_product(
+                where.query, where.key, value_BKE, temperature=where.temperature, bias=bias, return_localization=True
+            )
+            assert spatial is not None  # asked for
+            return x, spatial
+        spatial = at_least_fp32(where)
+        with without_autocast(spatial):  # fp32, as in training
+            x = spatial @ at_least_fp32(value_BKE)
+            return x if bias is None else x + bias, spatial
+
+    def _to_head(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.num_codes is not None:
+            return self.head(x)
+        if isinstance(self.head, nn.ConvTranspose2d) and not isinstance(self.head, PatchUnembed):
+            return self.head(x.mT.unflatten(2, grid))
+        return self.head(x, grid)

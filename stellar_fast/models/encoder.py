@@ -3,6 +3,7 @@
 B images, P patches of a (height, width) grid, K sparse tokens, D width.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from stellar_fast.kernels.common.precision import at_least_fp32
 from stellar_fast.models.config import EncoderConfig, build_from, config_dict, resolve_preset
@@ -17,9 +19,15 @@ from stellar_fast.models.hub import HubMixin
 from stellar_fast.models.output import StellarOutput
 from stellar_fast.models.weights import UpstreamWeightsMixin
 from stellar_fast.nn.linear import Linear
+from stellar_fast.nn.plain import input_dtype, is_plain
 from stellar_fast.nn.vit import Rows, Sequences, Transformer, init_vit_weights
 from stellar_fast.ops.lowrank_product import lowrank_product
-from stellar_fast.ops.packed_patch_embed import check_images, packed_patch_embed
+from stellar_fast.ops.packed_patch_embed import (
+    check_images,
+    check_keep_indices,
+    packed_patch_embed,
+    to_unit_range,
+)
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -63,9 +71,6 @@ class ViewOutput(NamedTuple):
 class SparseViT(nn.Module):
     """ViT over [CLS, patches + position, K sparse tokens]; all tokens attend to all."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: EncoderConfig, num_sparse_tokens: int) -> None:
         super().__init__()
         if num_sparse_tokens < 1:
@@ -79,18 +84,27 @@ class SparseViT(nn.Module):
         self.transformer = Transformer(
             dim, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
         )
-        self.register_buffer("mean", torch.empty(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.empty(3, 1, 1), persistent=False)
-        self.reset_constants()
         # never touches the output; weight files carry it, so it is kept, and not trained
         self.register_buffer("pooler_weight", torch.randn(dim, dim) * 0.02)
         self.register_buffer("pooler_bias", torch.zeros(dim))
         init_vit_weights(self)
 
-    def reset_constants(self) -> None:
-        """Fill the buffers that no file holds: after `to_empty` they hold nothing."""
-        self.mean.copy_(torch.tensor(IMAGE_MEAN).view(3, 1, 1))
-        self.std.copy_(torch.tensor(IMAGE_STD).view(3, 1, 1))
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the colours that the encoder normalises with, (3, 1, 1), at least fp32: a copy."""
+        return self._constant(IMAGE_MEAN).clone().view(3, 1, 1)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of the colours, as `mean`."""
+        return self._constant(IMAGE_STD).clone().view(3, 1, 1)
+
+    def _constant(self, values: tuple[float, ...]) -> Tensor:
+        """Numbers where the weights are. No buffer: whatever builds, casts, moves or loads a module loses none."""
+        dtype = torch.promote_types(self.pos_embed.dtype, torch.float32)
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return torch.tensor(values, dtype=dtype, device=self.pos_embed.device)
+        return _kept_constant(values, dtype, self.pos_embed.device)
 
     @property
     def num_sparse_tokens(self) -> int:
@@ -117,20 +131,7 @@ class SparseViT(nn.Module):
         if not views:
             raise ValueError("there are 0 views: pass at least one ViewBatch")
         grids = [self._check(view) for view in views]
-        positions = {grid: self.position(grid)[0] for grid in grids}
-        bias = self.patch_embed.bias
-        assert bias is not None
-        x = packed_patch_embed(
-            [view.images for view in views],
-            self.patch_embed.weight,
-            bias,
-            [positions[grid] for grid in grids],
-            self.cls_token[0, 0],
-            self.sparse_tokens,
-            mean=self.mean.flatten(),
-            std=self.std.flatten(),
-            keep_indices=[view.keep_indices for view in views],
-        )
+        x = self._embed(views, [self.position(grid)[0] for grid in grids])
         K, device = self.num_sparse_tokens, x.device
         counts = [view.images.shape[0] for view in views]
         patches = [
@@ -148,9 +149,46 @@ class SparseViT(nn.Module):
         outputs = []
         for piece, view, N, length in zip(pieces, views, counts, lengths, strict=True):
             tokens = piece.view(N, length, piece.shape[-1])
-            sparse = None if view.rows == "cls" else tokens[:, -K:]
-            outputs.append(ViewOutput(tokens[:, :1], sparse, tokens[:, 1:-K] if view.rows == "all" else None))
+            cls = _owned(tokens[:, :1])
+            sparse = None if view.rows == "cls" else _owned(tokens[:, -K:])
+            outputs.append(ViewOutput(cls, sparse, _owned(tokens[:, 1:-K]) if view.rows == "all" else None))
         return outputs
+
+    def _embed(self, views: Sequence[ViewBatch], positions: list[Tensor]) -> Tensor:
+        """The sequences of all views, one after another, (T, D)."""
+        conv, mean, std = self.patch_embed, self._constant(IMAGE_MEAN), self._constant(IMAGE_STD)
+        if not (is_plain(conv, nn.Conv2d) and conv.bias is not None and _cuts_patches(conv, self.config.patch_size)):
+            mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
+            pairs = zip(views, positions, strict=True)
+            return torch.cat([self._embed_by_call(view, position, mean, std) for view, position in pairs])
+        return packed_patch_embed(
+            [view.images for view in views],
+            conv.weight,
+            conv.bias,
+            positions,
+            self.cls_token[0, 0],
+            self.sparse_tokens,
+            mean=mean,
+            std=std,
+            keep_indices=[view.keep_indices for view in views],
+        )
+
+    def _embed_by_call(self, view: ViewBatch, position: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """The sequences of one view through a `patch_embed` that somebody wrapped, replaced or hooked: all patches."""
+        images, keep, N = view.images, view.keep_indices, len(view.images)
+        check_images(images, self.config.patch_size)
+        pixels = (to_unit_range(images, mean.dtype) - mean) / std
+        patches = self.patch_embed(pixels.to(input_dtype(self.patch_embed, mean)))
+        expected = (N, position.shape[1], *self.grid(images))
+        if patches.shape != expected:
+            raise ValueError(f"patch_embed returned {tuple(patches.shape)} but the encoder needs {expected}")
+        patches, places = patches.flatten(2).mT, position[1:]
+        if keep is not None:
+            check_keep_indices(keep, N, patches.shape[1])
+            patches = patches.take_along_dim(keep[..., None], 1)
+            places = F.embedding(keep, places)  # its gradient is summed in one order, an index's is not
+        cls = (self.cls_token[0] + position[:1]).expand(N, 1, -1)
+        return torch.cat((cls, patches + places, self.sparse_tokens.expand(N, -1, -1)), dim=1).flatten(0, 1)
 
     def _check(self, view: ViewBatch) -> tuple[int, int]:
         """The view's grid of patches."""
@@ -160,6 +198,30 @@ class SparseViT(nn.Module):
             raise ValueError(f"rows must be one of {', '.join(map(repr, ROWS))} but is {view.rows!r}")
         check_images(view.images, self.config.patch_size, values=False)  # the operator reads the values
         return self.grid(view.images)
+
+
+@functools.cache
+def _kept_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once, so that a GPU waits for no copy; one made in inference mode could not be used in training."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _cuts_patches(conv: nn.Conv2d, side: int) -> bool:
+    """Whether a convolution maps each patch for itself."""
+    patch = (side, side)
+    return (
+        conv.kernel_size == conv.stride == patch
+        and conv.padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _owned(tokens: Tensor) -> Tensor:
+    """Without gradient a copy: who keeps some tokens is not to keep the memory of all. Training keeps all anyway."""
+    return tokens if tokens.requires_grad else tokens.clone(memory_format=torch.contiguous_format)
 
 
 def _kept_positions(rows: str, num_patches: int, num_sparse_tokens: int, device: torch.device) -> Tensor:

@@ -1,12 +1,15 @@
 """Saving and loading: a directory or hub repository with config.json and safetensors, and upstream's hub manifest."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from stellar_fast.files import write_atomically
+from stellar_fast.checkpoint import find_weights
+from stellar_fast.files import shown, write_atomically
 from stellar_fast.models.config import PRESETS, DecoderConfig, EncoderConfig, config_dict, resolve_preset
-from stellar_fast.models.weights import WEIGHT_SUFFIXES, load_tensors
+from stellar_fast.models.weight_files import WEIGHT_SUFFIXES, hub_id, load_tensors
+from stellar_fast.models.weights import about
 
 try:
     from huggingface_hub import ModelHubMixin
@@ -56,31 +59,38 @@ class HubMixin(
 
         Args:
             pretrained_model_name_or_path: a directory with config.json and safetensors (`save_pretrained`, a training
-                checkpoint, or a copy of upstream's repository), a single weights file, or a hub repository.
+                checkpoint, or a copy of upstream's repository), a training run, whose newest good checkpoint is taken,
+                a single weights file, or a hub repository.
             model: which model of a manifest or of a bare weights file, e.g. "stellar-b16".
             kwargs: `revision`, `cache_dir`, `force_download`, `local_files_only`, `token` as in huggingface_hub; others
                 override the saved arguments of the constructor (`vq_model` has to be given for a head over VQ codes).
 
         Raises:
-            FileNotFoundError: no such path.
-            ValueError: an unknown model name, a config that is not one, a missing `vq_model`.
+            FileNotFoundError: no such path, or nothing at it that the hub gives either.
+            ValueError: an empty path, a directory without weights, a run without a good checkpoint, an unreadable file,
+                an unknown model name, a config that is not one, a missing `vq_model`, values that are NaN or infinite.
             RuntimeError: missing, unexpected or misshapen tensors, named.
         """
-        path = Path(pretrained_model_name_or_path)
+        name = os.fspath(pretrained_model_name_or_path)
+        if not name:
+            raise ValueError("the path of the weights is empty: name a file, a directory, a training run or a hub id")
+        path = Path(find_weights(name))
         if path.is_file():
             return cls._from_files(
                 read_config(path.parent / "config.json"), lambda name: path, model, path.stem, kwargs
             )
         if path.is_dir():
+            _check_directory(path)
             return cls._from_pretrained(model_id=str(path), model=model, **kwargs)
         if (
             path.suffix in WEIGHT_SUFFIXES
             or len(path.parts) != 2
             or Path(path.parts[0]).is_dir()  # a mistyped path beside an existing folder, not a hub id
-            or str(pretrained_model_name_or_path).startswith((".", "/", "~"))
+            or name.startswith((".", "/", "~"))
         ):
-            raise FileNotFoundError(f"{pretrained_model_name_or_path} is neither a file, nor a directory, nor a hub id")
-        return super().from_pretrained(str(pretrained_model_name_or_path), model=model, **kwargs)
+            raise FileNotFoundError(f"{shown(name)} is neither a file, nor a directory, nor a hub id")
+        with hub_id(name):
+            return super().from_pretrained(name, model=model, **kwargs)
 
     @classmethod
     def _from_pretrained(cls: Any, *, model_id: str, model: str | None = None, **kwargs: Any) -> Any:
@@ -113,12 +123,27 @@ class HubMixin(
         elif model or (stem and stem.removeprefix("stellar-") in PRESETS):
             saved, weights = preset_config(model or stem or ""), ""
         else:
+            if stem:
+                load_tensors(locate(""))  # a file that cannot be read says so first
             raise ValueError(
                 f"no config.json with {CONFIG_KEY!r} or 'models' beside the weights: name the model= they are of"
             )
+        tensors = load_tensors(path := locate(weights))
         instance = cls.from_config(saved, **kwargs)
-        instance.load_upstream_state_dict(load_tensors(locate(weights)))
+        with about(path):
+            instance.load_upstream_state_dict(tensors)
         return instance.eval()
+
+
+def _check_directory(path: Path) -> None:
+    """ValueError for a directory without a config.json; it says what there is instead."""
+    if (path / "config.json").is_file():
+        return
+    told = f"{shown(path)} is no directory of a model: there is no config.json with {CONFIG_KEY!r} or 'models' in it"
+    if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
+        raise ValueError(f"{shown(path)} is a training run without a checkpoint yet")
+    files = sorted(shown(file) for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    raise ValueError(f"{told}; name the file itself and its model=: {', '.join(files[:5])}" if files else told)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -135,6 +160,9 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object but holds a {type(config).__name__}")
+    for key in (CONFIG_KEY, "models"):
+        if key in config and not isinstance(config[key], dict):
+            raise ValueError(f"{path}: {key!r} must hold an object but holds a {type(config[key]).__name__}")
     return config
 
 

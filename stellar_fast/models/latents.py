@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from stellar_fast.kernels.common.precision import at_least_fp32
+from stellar_fast.kernels.common.precision import at_least_fp32, without_autocast
 from stellar_fast.models.output import StellarOutput
 
 Features = TypeVar("Features", bound=Mapping[str, Tensor])
@@ -46,9 +46,8 @@ def _chosen(tokens: Tokens | None, sparse: Tensor) -> Tensor:
     for token in indices:
         if not 0 <= token < K:
             raise ValueError(f"there is no token {token}: the features have {K} tokens, 0 to {K - 1}")
-    mask = torch.zeros(K, dtype=torch.bool)
-    mask[indices] = True
-    return mask.to(sparse.device)[None, :, None]
+    mask = torch.tensor([token in indices for token in range(K)], device=sparse.device)
+    return mask[None, :, None]
 
 
 def _same_tokens(a: Tensor, b: Tensor) -> Tensor:
@@ -62,7 +61,7 @@ def _edited(features: Features, sparse: Tensor, spatial: Tensor) -> Features:
     """The features with another latent; what follows from it is computed anew, `cls` and `dense` stay."""
     changed: dict[str, Any] = {"sparse": sparse, "spatial": spatial}
     if "lowrank" in features:
-        with torch.autocast(sparse.device.type, enabled=False):
+        with without_autocast(sparse):
             lowrank = at_least_fp32(spatial) @ at_least_fp32(sparse)
         changed["lowrank"] = lowrank.to(features["lowrank"].dtype)
     if "peak_dist" in features:

@@ -3,6 +3,7 @@
 B images, V views, K sparse tokens, T target rows, C prototypes.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -117,12 +118,12 @@ class Objective(nn.Module):
             terms, the reconstruction unweighted.
         """
         parts = {name: value for name, value in predictions.items() if "loss" in name}
-        total = sum(parts.values(), torch.zeros(()))
+        terms = list(parts.values())
         for name, weight in (("MSE", PIXEL_WEIGHT), ("VQ-CE", CODE_WEIGHT)):
             if name in predictions:
                 parts[name] = predictions[name]
-                total = total + weight * predictions[name]
-        return Loss(total, parts)
+                terms.append(weight * predictions[name])
+        return Loss(functools.reduce(torch.add, terms) if terms else torch.zeros(()), parts)
 
     def _check_views(self, batch: Mapping[str, Tensor], views: Tensor) -> tuple[Tensor, Tensor]:
         """The masked and the local views, as many as are used."""
@@ -149,7 +150,7 @@ class Objective(nn.Module):
         return masked, local
 
     def _augment(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        dtype = self.encoder.patch_embed.weight.dtype
+        dtype = self.encoder.pos_embed.dtype
         return images if self.color_augment is None else self.color_augment(to_unit_range(images, dtype), generator)
 
     def _reconstruction(self, predictions: dict[str, Any], clean: Tensor, output: ViewOutput) -> None:

@@ -22,6 +22,8 @@ class StellarOutput(Mapping[str, Tensor]):
         lowrank: (B, P, D) = spatial @ sparse.
         peak_dist: (B, K), the largest value of each token's column of `spatial`; no gradient.
         grid: patches in height and width; not a key.
+
+    Without gradient each tensor owns its memory; in training some are views of one that holds them all.
     """
 
     cls: Tensor

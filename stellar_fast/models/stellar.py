@@ -29,7 +29,7 @@ from stellar_fast.models.latents import check_latent
 from stellar_fast.models.objective import Objective, require
 from stellar_fast.models.output import StellarOutput
 from stellar_fast.models.teacher import Teacher
-from stellar_fast.models.vit_weights import load_vit_state_dict, read_vit_weights
+from stellar_fast.models.vit_weights import start_from_vit
 from stellar_fast.models.vqgan import VQGAN
 from stellar_fast.models.weights import UpstreamWeightsMixin
 from stellar_fast.nn.color_augment import ColorAugment
@@ -89,7 +89,8 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         teacher_momentum: of that average.
         koleo_min_distance: floor of KoLeo's distances; the exact default 0 lets gradients of near-identical tokens
             reach 1e7.
-        vit_pretrained: path or hub id of a Hugging Face ViT or ViT-MAE, or a timm ViT, to start the trunk from.
+        vit_pretrained: path or hub id of a Hugging Face ViT, ViT-MAE or DINOv2, a timm ViT, or a checkpoint of MAE,
+            DINO or DINOv2, to start the trunk from.
         do_global_align, teacher_momentum_final, teacher_momentum_schedule_steps: newer upstream's; anything but the
             defaults raises NotImplementedError.
 
@@ -191,7 +192,7 @@ class StellarModel(UpstreamWeightsMixin, Objective, HubMixin):
         self.momentum_teacher, self.teacher_momentum = momentum_teacher, teacher_momentum
         _check_ranges(self, logits_temp, sk_temp)
         if vit_pretrained is not None:
-            load_vit_state_dict(self.encoder, read_vit_weights(vit_pretrained))
+            start_from_vit(self.encoder, vit_pretrained)
         self.teacher = None
         if momentum_teacher and self.clustering_head is not None:
             self.teacher = Teacher(self.encoder, self.clustering_head, self.cls_cluster_head)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stellar_fast.models.encoder import SparseViT, StellarEncoder
+from stellar_fast.models.weights import unwrapped
 from stellar_fast.nn.prototype_head import PrototypeHead
 
 
@@ -15,8 +16,9 @@ class Teacher(nn.Module):
     def __init__(self, encoder: StellarEncoder, clustering_head: PrototypeHead, cls_head: PrototypeHead | None) -> None:
         super().__init__()
         self.encoder = SparseViT(encoder.config, encoder.num_sparse_tokens)
-        names = self.encoder.state_dict()
-        self.encoder.load_state_dict({name: t for name, t in encoder.state_dict().items() if name in names})
+        for part in (self.encoder._modules, self.encoder._parameters, self.encoder._buffers):
+            for name in part:
+                setattr(self.encoder, name, copy.deepcopy(getattr(encoder, name)))
         self.clustering_head = copy.deepcopy(clustering_head)
         self.cls_cluster_head = copy.deepcopy(cls_head)
         self.requires_grad_(False)
@@ -27,9 +29,15 @@ class Teacher(nn.Module):
 
         Shards of FSDP2 move where they are; teacher and student have to be sharded alike.
         """
-        theirs = student.state_dict(keep_vars=True)
+        theirs = {unwrapped(name): tensor for name, tensor in student.state_dict(keep_vars=True).items()}
         ours, targets = [], []
         for name, tensor in self.state_dict(keep_vars=True).items():
+            name = unwrapped(name)
+            if name not in theirs:
+                raise ValueError(f"the student has no {name}, which the teacher follows: wrap or replace parts of both")
+            if not tensor.is_floating_point():  # a count of something that somebody put in
+                tensor.copy_(theirs[name])
+                continue
             ours.append(_shard(tensor.detach()))
             targets.append(_shard(theirs[name].detach()))
             if ours[-1].shape != targets[-1].shape:

@@ -2,18 +2,21 @@
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stellar_fast.models.config import VQGANConfig
-from stellar_fast.models.weights import load_tensors
+from stellar_fast.models.weight_files import load_tensors
+from stellar_fast.models.weights import Transfer, about, fit_names
 from stellar_fast.nn.conv2d import Conv2d
 from stellar_fast.nn.group_norm_silu import GroupNormSiLU
+from stellar_fast.nn.plain import is_plain, is_watched
 from stellar_fast.nn.upsample_conv2x import UpsampleConv2x
-from stellar_fast.ops.checks import autocast_dtype
+from stellar_fast.ops.checks import autocast_dtype, channels_last, values_are_checked
+from stellar_fast.ops.from_weight import weights_at_rest
 from stellar_fast.ops.nearest_code import nearest_code
 
 NORM_GROUPS, NORM_EPS = 32, 1e-6
@@ -26,11 +29,15 @@ def _norm(channels: int) -> GroupNormSiLU:
 
 
 class Features(NamedTuple):
-    """An activation (B, C, H, W), as a sum that its next normalisation forms, and its statistics where known."""
+    """An activation (B, C, H, W), as a sum that its next normalisation forms, and its statistics where known.
+
+    One that is `watched` may be kept by somebody: its memory, and that of what is made of it, is not used again.
+    """
 
     x: Tensor
     addend: Tensor | None = None
     stats: Tensor | None = None
+    watched: bool = False
 
     def sum(self) -> Tensor:
         return self.x if self.addend is None else self.x + self.addend
@@ -53,12 +60,16 @@ class ResBlock(nn.Module):
             self.nin_shortcut = Conv2d(out_channels, out_channels, 1, bias=False)
 
     def forward(self, features: Features) -> Features:
-        h, x = self.norm1(*features, transient=True)
-        h, stats = self.conv1.with_stats(h, NORM_GROUPS)
-        h, _ = self.norm2(h, None, stats, transient=True)
+        watched = features.watched
+        h, x = self.norm1(*features[:3], transient=not watched)
+        plain = is_plain(self.conv1, Conv2d)  # others are called
+        h, stats = self.conv1.with_stats(h, NORM_GROUPS) if plain else (self.conv1(h), None)
+        h, _ = self.norm2(h, None, stats, transient=not watched)
         if hasattr(self, "nin_shortcut"):
             h = self.conv2(h)
-            return Features(h, self.nin_shortcut(h))
+            return Features(h, self.nin_shortcut(h), watched=watched)
+        if watched or not is_plain(self.conv2, Conv2d):
+            return Features(self.conv2(h), x, watched=watched)
         return Features(*self.conv2.add(h, x, NORM_GROUPS))
 
 
@@ -77,7 +88,7 @@ class Level(nn.Module):
             features = block(features)
         if hasattr(self, "upsample_conv"):
             x, stats = self.upsample_conv(features.sum(), stats_groups=NORM_GROUPS)
-            features = Features(x, stats=stats)
+            features = Features(x, stats=stats, watched=features.watched)
         return features
 
 
@@ -94,14 +105,15 @@ class Encoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], config.z_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = Features(self.conv_in(x.contiguous(memory_format=torch.channels_last)))
+        watched = is_watched(self)
+        features = Features(self.conv_in(channels_last(x)), watched=watched)
         for i, level in enumerate(self.down):
             features = level(features)
             if i < len(self.down) - 1:
-                features = Features(F.avg_pool2d(features.sum(), 2))
+                features = Features(F.avg_pool2d(features.sum(), 2), watched=watched)
         for block in self.mid:
             features = block(features)
-        return self.conv_out(self.norm_out(*features, transient=True)[0])
+        return self.conv_out(self.norm_out(*features[:3], transient=not watched)[0])
 
 
 class Decoder(nn.Module):
@@ -120,12 +132,13 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(widths[0], config.num_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        features = Features(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        watched = is_watched(self)
+        features = Features(self.conv_in(channels_last(z)), watched=watched)
         for block in self.mid:
             features = block(features)
         for level in reversed(self.up):
             features = level(features)
-        return self.conv_out(self.norm_out(*features, transient=True)[0])
+        return self.conv_out(self.norm_out(*features[:3], transient=not watched)[0])
 
 
 class Quantizer(nn.Module):
@@ -184,12 +197,13 @@ class VQGAN(nn.Module):
             (B, 3, 16 h, 16 w), clamped to [0, 1].
 
         Raises:
-            ValueError: another shape or dtype, or a code that the codebook does not have (read on a CPU).
+            ValueError: another shape or dtype; a code that the codebook does not have (on a CPU, elsewhere only under
+                STELLAR_FAST_CHECK=1).
         """
         if codes.dim() != 3 or codes.dtype != torch.int64:
             raise ValueError(f"codes must be (B, h, w) int64 but are {tuple(codes.shape)} {codes.dtype}")
         size = self.config.num_embeddings
-        if codes.device.type == "cpu" and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        if values_are_checked(codes) and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
             raise ValueError(f"codes span [{int(codes.min())}, {int(codes.max())}] but the codebook has {size} entries")
         z = self.quantize.embedding(codes).permute(0, 3, 1, 2)
         return self._in_chunks(self.decoder, z, self.config.downscale).clamp(0, 1)
@@ -203,21 +217,33 @@ class VQGAN(nn.Module):
             return network(x)
         itemsize = (autocast_dtype(x.device) or x.dtype).itemsize
         image_bytes = x.shape[2] * x.shape[3] * scale**2 * self.config.hidden_channels * itemsize
-        return torch.cat([network(part) for part in x.split(max(1, CHUNK_BYTES // image_bytes))])
+        with weights_at_rest():
+            return torch.cat([network(part) for part in x.split(max(1, CHUNK_BYTES // image_bytes))])
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: VQGANConfig | None = None) -> "VQGAN":
         """Load a state dict, such as the published `maskgit-vqgan-imagenet-f16-256.bin`, or safetensors.
 
         Args:
-            path: of the file; pickled files are read with weights_only=True.
+            path: of the file; pickled files are read with weights_only=True. Of a whole STELLAR model's file, whose
+                names begin with `tokenizer.`, those are taken.
             config: sizes; None takes the published model's.
 
         Raises:
             FileNotFoundError: no such file.
-            RuntimeError: missing, unexpected or misshapen tensors, named.
+            ValueError: a file that cannot be read, or values that are NaN or infinite.
+            WeightsMismatchError: a RuntimeError; missing, unexpected or misshapen tensors, named.
         """
+        held = load_tensors(path)
         model = cls(config)
-        tensors: dict[str, Any] = {k.removeprefix("tokenizer."): v for k, v in load_tensors(path).items()}
-        model.load_state_dict(tensors, strict=True)
+        ours = model.state_dict(keep_vars=True)
+        with about(path):
+            entries = fit_names(held, [f"tokenizer.{name}" for name in ours])
+            part = "tokenizer." if any(name.startswith("tokenizer.") for name in entries) else ""
+            transfer = Transfer(entries if part else fit_names(held, ours))
+            for name, tensor in ours.items():
+                transfer.take(tensor, [part + name])
+            transfer.unexpected = sorted(name for name in transfer.tensors if name.startswith(part))
+            transfer.check()
+            transfer.fill()
         return model

@@ -1,6 +1,7 @@
 """Online-clustering head: MLP, normalisation, prototypes, and what is learned from them. T tokens, C prototypes."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -10,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stellar_fast.kernels.common.precision import at_least_fp32
-from stellar_fast.nn.linear import Linear
+from stellar_fast.kernels.prototype_cross_entropy.reference import dense_targets, means
+from stellar_fast.nn.linear import Linear, linear_of_gelu
+from stellar_fast.nn.plain import input_dtype, is_plain
+from stellar_fast.ops.checks import autocast_dtype
 from stellar_fast.ops.prototype_cross_entropy import prototype_cross_entropy
-from stellar_fast.ops.sinkhorn import SinkhornTargets, sinkhorn_potentials
+from stellar_fast.ops.sinkhorn import SinkhornTargets, near_their_peaks, sinkhorn_potentials
 
 NORM_EPS = 1e-7
 
@@ -80,7 +84,7 @@ class PrototypeHead(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         x = self.layers[0](x)
         for layer in self.layers[1:]:
-            x = layer(x, gelu="input")  # keeps what enters the GELU, and not what leaves it
+            x = linear_of_gelu(layer, x)
         return F.normalize(at_least_fp32(x), dim=-1, eps=NORM_EPS)
 
     @torch.no_grad()
@@ -90,6 +94,10 @@ class PrototypeHead(nn.Module):
         group = dist.group.WORLD if distributed else None
         logits = self(features, self._logits).flatten(0, -2)
         row, column, entropy, first = sinkhorn_potentials(logits, group=group, statistics=True, **self.sinkhorn)
+        nearer = near_their_peaks(logits, column, group)
+        if nearer is not None:  # the targets are formed again from logits and potentials
+            logits = nearer[0]
+            row, column, entropy, first = sinkhorn_potentials(logits, group=group, statistics=True, **self.sinkhorn)
         targets = SinkhornTargets(row, column, self.sinkhorn.get("temperature", 0.06), logits=logits)
         return Assignment(targets, entropy, first)
 
@@ -102,20 +110,31 @@ class PrototypeHead(nn.Module):
     ) -> Tensor:
         """Mean loss of R features (..., E); `index` (R,) says which of the T targets each learns, if not its own.
 
-        With `split_sizes` the mean of each run of so many features, (N,).
+        With `split_sizes` the mean of each run of so many features, (N,). Prototypes that somebody wrapped, replaced or
+        hooked are called: their logits (R, C) and the targets are then whole in memory.
         """
 
         def loss(rows: Tensor) -> Tensor:
-            return prototype_cross_entropy(
-                rows,
-                self.prototypes.weight,
-                targets,
-                index=index,
-                temperature=self.temperature,
-                split_sizes=split_sizes,
-            )
+            if is_plain(self.prototypes, Linear) and self.prototypes.bias is None:
+                return prototype_cross_entropy(
+                    rows,
+                    self.prototypes.weight,
+                    targets,
+                    index=index,
+                    temperature=self.temperature,
+                    split_sizes=split_sizes,
+                )
+            logits = self._logits(rows)
+            assignments = dense_targets(targets, logits.shape[1], logits.dtype)
+            learned = assignments if index is None else assignments[index]
+            losses = F.cross_entropy(logits / self.temperature, learned, reduction="none")
+            return losses.mean() if split_sizes is None else means(losses, split_sizes)
 
         return self(features.flatten(0, -2), loss)
 
     def _logits(self, features: Tensor) -> Tensor:
-        return at_least_fp32(self.prototypes(features.to(self.prototypes.weight.dtype)))
+        """In at least fp32; the product is too where it would be in fp16, which holds nothing above 65,504."""
+        features = features.to(input_dtype(self.prototypes, features))
+        device = features.device
+        with torch.autocast(device.type, enabled=False) if autocast_dtype(device) == torch.float16 else nullcontext():
+            return at_least_fp32(self.prototypes(features))

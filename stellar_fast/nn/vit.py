@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stellar_fast.nn.add_layer_norm import AddLayerNorm
-from stellar_fast.nn.linear import Linear
+from stellar_fast.nn.add_layer_norm import AddLayerNorm, add_norm
+from stellar_fast.nn.linear import Linear, gelu_of_linear, linear_of_gelu
+from stellar_fast.nn.plain import is_plain
 from stellar_fast.ops.linear import linear
 from stellar_fast.ops.token_attention import cu_seqlens, token_attention, token_self_attention
 
@@ -62,10 +63,14 @@ class Attention(nn.Module):
         if rows is None:
             qkv = self.qkv(x_TD).unflatten(-1, (3, self.num_heads, -1))
             return self.proj(token_self_attention(qkv, sequences.starts, groups=sequences.groups).flatten(1))
-        D = x_TD.shape[1]
-        weights, biases = self.qkv.weight.split((D, 2 * D)), self.qkv.bias.split((D, 2 * D))
-        q = linear(x_TD[rows.places], weights[0], biases[0]).unflatten(-1, (self.num_heads, -1))
-        k, v = linear(x_TD, weights[1], biases[1]).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        D, qkv = x_TD.shape[1], self.qkv
+        if is_plain(qkv, Linear) and qkv.bias is not None:  # the queries of those rows alone
+            weights, biases = qkv.weight.split((D, 2 * D)), qkv.bias.split((D, 2 * D))
+            q = linear(x_TD[rows.places], weights[0], biases[0]).unflatten(-1, (self.num_heads, -1))
+            k, v = linear(x_TD, weights[1], biases[1]).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        else:
+            q, k, v = qkv(x_TD).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+            q = q[rows.places]
         return self.proj(token_attention(q, k, v, rows.starts, sequences.starts, groups=rows.groups).flatten(1))
 
 
@@ -79,8 +84,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # the backward needs what enters the GELU: keep that, and not what leaves it
-            return self.fc2(self.fc1(x), gelu="input")
-        return self.fc2(self.fc1(x, gelu="output"))
+            return linear_of_gelu(self.fc2, self.fc1(x))
+        return self.fc2(gelu_of_linear(self.fc1, x))
 
 
 class Block(nn.Module):
@@ -97,11 +102,11 @@ class Block(nn.Module):
         self, stream: Tensor, branch: Tensor | None, sequences: Sequences, rows: Rows | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return (stream, branch), each (T, D), or (R, D) of `rows` alone; their sum is the block's output."""
-        stream, normed = self.norm1(stream, branch)
+        stream, normed = add_norm(self.norm1, stream, branch)
         attended = self.attn(normed, sequences, rows)
         if rows is not None:
             stream = stream[rows.places]
-        stream, normed = self.norm2(stream, attended)
+        stream, normed = add_norm(self.norm2, stream, attended)
         return stream, self.mlp(normed)
 
 
@@ -125,7 +130,7 @@ class Transformer(nn.Module):
                 stream, branch = stream + branch, None  # keep one tensor a block, not two
             else:
                 stream, branch = block(*arguments)
-        return self.norm(stream, branch)[1]
+        return add_norm(self.norm, stream, branch)[1]
 
 
 def init_vit_weights(module: nn.Module) -> None:

@@ -57,10 +57,24 @@ def train(model, module: StellarModel, rank: int = 0, world_size: int = 1) -> di
 
 def one_rank(rank: int, folder: Path, kind: str) -> None:
     module = build()
+    mesh = init_device_mesh("cpu", (2,))
     if kind == "ddp":
         model = DistributedDataParallel(module)
+    elif kind == "fsdp2_of_layers":  # whose weights are gathered by nothing but their own call; from the meta device
+        weights = module.upstream_state_dict()
+        with torch.device("meta"):
+            model = module = build()
+        for vit in (module.encoder, module.teacher.encoder):
+            fully_shard(vit.patch_embed, mesh=mesh)
+            fully_shard(vit.transformer.blocks[-1].attn.qkv, mesh=mesh)
+            fully_shard(vit.transformer.blocks[-1].mlp.fc2, mesh=mesh)
+        for head in (m for m in module.modules() if isinstance(m, PrototypeHead)):
+            fully_shard(head.prototypes, mesh=mesh)
+        for part in (module.decoder.proj, module):
+            fully_shard(part, mesh=mesh)
+        module.to_empty(device="cpu")
+        module.load_upstream_state_dict(weights)
     else:
-        mesh = init_device_mesh("cpu", (2,))
         for part in (*module.encoder.transformer.blocks, *module.decoder.transformer.blocks):
             fully_shard(part, mesh=mesh)
         heads = [m for m in module.modules() if isinstance(m, PrototypeHead)]  # the student's and the teacher's
@@ -73,7 +87,7 @@ def one_rank(rank: int, folder: Path, kind: str) -> None:
         torch.save(found, folder / "found.pt")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp2_of_layers"])
 def test_two_processes_are_one(tmp_path: Path, kind: str) -> None:
     run_two_ranks(one_rank, tmp_path, tmp_path, kind)
     found = torch.load(tmp_path / "found.pt", weights_only=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from stellar_fast import EncoderConfig, StellarEncoder, StellarOutput
 from stellar_fast.models.encoder import ViewBatch
 from tests.conftest import SMALL_ENCODER
+from tests.roundings import assert_alike
 
 
 @pytest.fixture
@@ -30,9 +31,9 @@ def test_output_answers_to_attributes_and_keys(encoder):
         "concat": (2, 4, 64),
     }
     assert output["sparse"] is output.sparse
-    torch.testing.assert_close(output.lowrank, output.spatial @ output.sparse)
-    torch.testing.assert_close(output.spatial.sum(-1), torch.ones(2, 16))
-    torch.testing.assert_close(output.concat[..., 48:], output.spatial.mT)
+    assert_alike(output.lowrank, output.spatial @ output.sparse)
+    assert_alike(output.spatial.sum(-1), torch.ones(2, 16))
+    assert_alike(output.concat[..., 48:], output.spatial.mT)
     assert not output.peak_dist.requires_grad
     with pytest.raises(KeyError, match="'tokens' is not one of cls, sparse"):
         output["tokens"]
@@ -47,20 +48,20 @@ def test_any_size_and_the_remainder_is_ignored(encoder, height, width, grid):
     assert output.grid == grid
     assert output.dense.shape[1] == grid[0] * grid[1]
     cropped = encoder(images[..., : grid[0] * 8, : grid[1] * 8])
-    torch.testing.assert_close(output.dense, cropped.dense)
+    assert_alike(output.dense, cropped.dense)
 
 
 def test_position_is_resized_by_size_and_cls_is_not(encoder):
     position = encoder.position((6, 3))
     table = encoder.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     expected = F.interpolate(table, size=(6, 3), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(position[:, 1:], expected.flatten(2).mT)
-    torch.testing.assert_close(position[:, :1], encoder.pos_embed[:, :1])
+    assert_alike(position[:, 1:], expected.flatten(2).mT)
+    assert_alike(position[:, :1], encoder.pos_embed[:, :1])
 
 
 def test_uint8_is_the_same_image(encoder):
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    torch.testing.assert_close(encoder(pixels).sparse, encoder(pixels.float() / 255).sparse)
+    assert_alike(encoder(pixels).sparse, encoder(pixels.float() / 255).sparse)
 
 
 @pytest.mark.parametrize(
@@ -92,12 +93,12 @@ def test_views_in_one_pass_are_the_images_each_alone(encoder):
     alone, alone_masked, alone_small = encoder(whole), encoder(whole, keep), encoder(small)
     for ours, theirs in ((clean, alone), (dense, alone_small)):
         for name in ("cls", "sparse", "dense"):
-            torch.testing.assert_close(getattr(ours, name), theirs[name])
-        torch.testing.assert_close(ours.query, encoder.dense_proj(theirs.dense))
-        torch.testing.assert_close(ours.key, encoder.sparse_proj(theirs.sparse))
-    torch.testing.assert_close(masked.cls, alone_masked.cls)
-    torch.testing.assert_close(masked.sparse, alone_masked.sparse)
-    torch.testing.assert_close(local.cls, alone_small.cls)
+            assert_alike(getattr(ours, name), theirs[name])
+        assert_alike(ours.query, encoder.dense_proj(theirs.dense))
+        assert_alike(ours.key, encoder.sparse_proj(theirs.sparse))
+    assert_alike(masked.cls, alone_masked.cls)
+    assert_alike(masked.sparse, alone_masked.sparse)
+    assert_alike(local.cls, alone_small.cls)
     assert masked.dense is None and masked.query is None
     assert local.sparse is None and local.dense is None
 
@@ -179,7 +180,7 @@ def test_autocast_keeps_the_residual_stream_in_fp32(encoder):
 def test_empty_batch_and_gradients_on_a_view(encoder):
     assert encoder(torch.rand(0, 3, 32, 32)).sparse.shape == (0, 4, 48)
     images = torch.rand(2, 32, 32, 3).permute(0, 3, 1, 2)  # not contiguous
-    torch.testing.assert_close(encoder(images).cls, encoder(images.contiguous()).cls)
+    assert_alike(encoder(images).cls, encoder(images.contiguous()).cls)
     encoder(images).lowrank.square().sum().backward()
     assert all(p.grad is not None for name, p in encoder.named_parameters())
     assert encoder.sparse_tokens.grad.abs().sum() > 0
@@ -191,7 +192,7 @@ def test_compiled_without_graph_breaks_and_output_survives(encoder):
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")(images)
     assert isinstance(compiled, StellarOutput)
     assert compiled.grid == (5, 3)
-    torch.testing.assert_close(compiled.lowrank, encoder(images).lowrank)
+    assert_alike(compiled.lowrank, encoder(images).lowrank)
 
 
 @pytest.mark.parametrize(

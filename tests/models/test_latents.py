@@ -7,6 +7,7 @@ import torch
 
 from stellar_fast import StellarModel, StellarOutput, VQGANConfig, blend_tokens, drop_tokens, swap_tokens
 from tests.conftest import SMALL_DECODER, SMALL_ENCODER, SMALL_KWARGS
+from tests.roundings import assert_alike
 
 VQGAN = VQGANConfig((1, 1, 1, 2), 4, hidden_channels=32, num_res_blocks=1, z_channels=8, num_embeddings=16)
 
@@ -26,15 +27,15 @@ def image(model: StellarModel, features) -> torch.Tensor:
 
 
 def consistent(features: StellarOutput) -> None:
-    torch.testing.assert_close(features.lowrank, features.spatial @ features.sparse)
-    torch.testing.assert_close(features.peak_dist, features.spatial.amax(dim=1))
+    assert_alike(features.lowrank, features.spatial @ features.sparse)
+    assert_alike(features.peak_dist, features.spatial.amax(dim=1))
 
 
 def test_dropping_takes_one_term_out_of_the_sum(model: StellarModel) -> None:
     a = model.encode(photos(0))
     b = drop_tokens(a, 2)
     assert isinstance(b, StellarOutput) and b.grid == (4, 5)
-    torch.testing.assert_close(b.lowrank, a.lowrank - a.spatial[..., 2:3] * a.sparse[:, 2:3])
+    assert_alike(b.lowrank, a.lowrank - a.spatial[..., 2:3] * a.sparse[:, 2:3])
     others = [0, 1, 3]
     assert torch.equal(b.sparse[:, others], a.sparse[:, others])
     assert torch.equal(b.spatial[..., others], a.spatial[..., others])
@@ -51,7 +52,7 @@ def test_a_dropped_token_has_no_influence(model: StellarModel) -> None:
     assert torch.equal(image(model, drop_tokens(a, 1)), image(model, drop_tokens(other, 1)))
     fewer = {"sparse": a.sparse[:, [0, 2, 3]], "spatial": a.spatial[..., [0, 2, 3]]}  # as if it had never been there
     without = model.reconstruct(fewer, grid=a.grid)["reconstruction"]
-    torch.testing.assert_close(image(model, drop_tokens(a, 1)), without)
+    assert_alike(image(model, drop_tokens(a, 1)), without)
 
 
 def test_drops_add_up_and_none_is_left_at_the_end(model: StellarModel) -> None:
@@ -90,7 +91,7 @@ def test_swapping_with_itself_changes_nothing(model: StellarModel) -> None:
     a = model.encode(photos(0))
     same = swap_tokens(a, a)
     assert torch.equal(same.sparse, a.sparse)
-    torch.testing.assert_close(same.lowrank, a.lowrank)
+    assert_alike(same.lowrank, a.lowrank)
     assert torch.equal(image(model, same), image(model, a))
 
 
@@ -99,7 +100,7 @@ def test_blending_goes_from_one_to_the_other(model: StellarModel) -> None:
     assert torch.equal(blend_tokens(a, b, 0).sparse, a.sparse)
     assert torch.equal(blend_tokens(a, b, 1).sparse, b.sparse)
     part = blend_tokens(a, b, 0.25, tokens=3)
-    torch.testing.assert_close(part.sparse[:, 3], 0.75 * a.sparse[:, 3] + 0.25 * b.sparse[:, 3])
+    assert_alike(part.sparse[:, 3], 0.75 * a.sparse[:, 3] + 0.25 * b.sparse[:, 3])
     assert torch.equal(part.sparse[:, :3], a.sparse[:, :3]) and torch.equal(part.spatial, a.spatial)
     consistent(part)
 
@@ -118,7 +119,7 @@ def test_gradients_pass_through_what_is_kept(small_model: StellarModel) -> None:
     drop_tokens(dataclasses.replace(a, sparse=sparse), 1).lowrank.sum().backward()
     expected = a.spatial.sum(dim=1)[..., None].repeat(1, 1, 48)
     expected[:, 1] = 0
-    torch.testing.assert_close(sparse.grad, expected)
+    assert_alike(sparse.grad, expected)
 
 
 def test_reduced_precision_keeps_its_dtypes(small_model: StellarModel) -> None:

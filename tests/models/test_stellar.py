@@ -7,6 +7,7 @@ import torch
 
 from stellar_fast import DecoderConfig, EncoderConfig, StellarEncoder, StellarModel, VQGANConfig
 from tests.conftest import SMALL_DECODER, SMALL_ENCODER, SMALL_KWARGS, mismatches
+from tests.roundings import assert_alike
 
 
 def build(**changes) -> StellarModel:
@@ -23,7 +24,7 @@ def test_total_is_the_weighted_sum_of_its_parts(small_model, small_batch):
     total, parts = losses(small_model, small_batch)
     assert set(parts) == {"MSE", "clustering_loss", "cls_clustering_loss", "mask_loss", "cls_loss", "koleo_loss"}
     expected = 10 * parts["MSE"] + sum(value for name, value in parts.items() if name != "MSE")
-    torch.testing.assert_close(total, expected)
+    assert_alike(total, expected)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_colour_never_touches_the_clean_image_or_the_target(small_batch):
     model.encoder.register_forward_pre_hook(lambda _, inputs: seen.extend(view.images for view in inputs[0]))
     predictions = model(small_batch, generator=torch.Generator().manual_seed(0))["predictions"]
     clean = small_batch["global_views"][:, 0]
-    torch.testing.assert_close(predictions["x_original"], clean)
+    assert_alike(predictions["x_original"], clean)
     assert torch.equal(seen[0], clean)
     masked = seen[1].unflatten(0, (2, 2))
     assert (masked[:, 0] - clean).abs().max() > 0.01, "masked view 0 is jittered like the others"
@@ -77,17 +78,13 @@ def test_uint8_views_are_the_same_images(small_model, small_batch):
     pixels = {name: (views * 255).round().to(torch.uint8) for name, views in small_batch.items()}
     floats = {name: views.float() / 255 for name, views in pixels.items()}
     keep = torch.arange(8).expand(4, -1)
-    torch.testing.assert_close(
-        losses(small_model, pixels, keep_indices=keep), losses(small_model, floats, keep_indices=keep)
-    )
+    assert_alike(losses(small_model, pixels, keep_indices=keep), losses(small_model, floats, keep_indices=keep))
 
 
 def test_views_beyond_those_asked_for_are_ignored(small_model, small_batch):
     keep = torch.arange(8).expand(4, -1)
     more = {name: torch.cat((views, views.flip(1)), dim=1) for name, views in small_batch.items()}
-    torch.testing.assert_close(
-        losses(small_model, more, keep_indices=keep), losses(small_model, small_batch, keep_indices=keep)
-    )
+    assert_alike(losses(small_model, more, keep_indices=keep), losses(small_model, small_batch, keep_indices=keep))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +197,7 @@ def test_teacher_follows_only_when_told(small_batch):
         assert torch.equal(model.teacher.encoder.sparse_tokens, before)
         model.update_teacher()
         losses(model, small_batch)
-    torch.testing.assert_close(model.teacher.encoder.sparse_tokens, before + 0.1)
+    assert_alike(model.teacher.encoder.sparse_tokens, before + 0.1)
     with pytest.warns(UserWarning, match="the teacher was not updated since the last step"):
         losses(model, small_batch)
     assert not any(p.requires_grad for p in model.teacher.parameters())
@@ -218,7 +215,7 @@ def test_reconstruct_takes_features_or_tokens(small_model):
     assert image.shape == (2, 3, 40, 24)
     assert 0 <= image.min() <= image.max() <= 1
     again = small_model.reconstruct(features["sparse"], features["spatial"], grid=(5, 3))
-    torch.testing.assert_close(again["reconstruction"], image)
+    assert_alike(again["reconstruction"], image)
     plain = {name: features[name] for name in ("sparse", "spatial")}
     with pytest.raises(ValueError, match=r"15 patches but the grid is 3x3: pass grid="):
         small_model.reconstruct(plain)
@@ -288,7 +285,7 @@ def test_compiled_with_a_generator(small_batch):
         model.loss(f(small_batch, generator=torch.Generator().manual_seed(0))["predictions"]).total
         for f in (model, step)
     ]
-    torch.testing.assert_close(*totals)
+    assert_alike(*totals)
 
 
 def test_no_part_of_a_model_without_reconstruction_is_left_without_gradient(small_batch):
@@ -313,5 +310,5 @@ def test_a_remainder_of_pixels_is_left_out_of_the_target():
     model = StellarModel(SMALL_ENCODER, DecoderConfig(32, 1, 2, 64), **SMALL_KWARGS)
     views = torch.rand(1, 2, 3, 35, 33)
     predictions = model({"global_views": views, "local_views": torch.rand(1, 2, 3, 19, 17)})["predictions"]
-    torch.testing.assert_close(predictions["x_original"], views[:, 0, :, :32, :32])
+    assert_alike(predictions["x_original"], views[:, 0, :, :32, :32])
     assert predictions["x_hat"].shape == (1, 3, 32, 32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stellar_fast import VQGAN, VQGANConfig
+from tests.roundings import assert_alike
 
 SMALL = VQGANConfig((1, 1, 2), 3, hidden_channels=32, num_res_blocks=1, z_channels=8, num_embeddings=16)
 
@@ -48,7 +49,10 @@ def test_weights_from_files(vqgan, tmp_path):
     again = VQGAN.from_pretrained(tmp_path / "vqgan.bin", SMALL)
     images = torch.rand(1, 3, 16, 16)
     assert torch.equal(again.decode(again.encode(images)), vqgan.decode(vqgan.encode(images)))
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"encoder"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"vqgan\.bin: .*; missing tensors: encoder\.down\.0\.block\.1\.norm1\.weight, .* and 97 more; ",
+    ):
         VQGAN.from_pretrained(tmp_path / "vqgan.bin", VQGANConfig())
     with pytest.raises(FileNotFoundError, match=r"no weights file at .*absent\.bin"):
         VQGAN.from_pretrained(tmp_path / "absent.bin")
@@ -93,7 +97,7 @@ def test_any_number_of_images_at_a_time(vqgan, monkeypatch, limit):
     codes, decoded = vqgan.encode(images), vqgan.decode(torch.zeros(5, 4, 3, dtype=torch.int64))
     monkeypatch.setattr(sys.modules["stellar_fast.models.vqgan"], "CHUNK_BYTES", limit)
     assert torch.equal(vqgan.encode(images), codes)
-    torch.testing.assert_close(vqgan.decode(torch.zeros(5, 4, 3, dtype=torch.int64)), decoded)
+    assert_alike(vqgan.decode(torch.zeros(5, 4, 3, dtype=torch.int64)), decoded)
     assert vqgan.encode(images[:0]).shape == (0, 8, 12)
     assert vqgan.decode(torch.zeros(0, 4, 3, dtype=torch.int64)).shape == (0, 3, 16, 12)
 

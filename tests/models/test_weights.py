@@ -3,13 +3,16 @@
 import json
 import re
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from stellar_fast import StellarEncoder, StellarModel, VQGANConfig, from_pretrained, load_stellar
 from stellar_fast.models.weights import upstream_names
+from stellar_fast.train.checkpoint import save_checkpoint
 from tests.conftest import SMALL_DECODER, SMALL_ENCODER, SMALL_KWARGS, mismatches, read_golden
+from tests.roundings import assert_alike
 
 TINY_VQGAN = VQGANConfig((1, 1, 1, 1, 1), 5, hidden_channels=32, num_res_blocks=1, z_channels=8)
 
@@ -55,6 +58,169 @@ def test_training_checkpoint_with_its_prefix(small_model):
     checkpoint = {f"model.{name}": t for name, t in small_model.upstream_state_dict().items()}
     target.load_upstream_state_dict({"state_dict": checkpoint, "epoch": 3})
     assert_same_weights(target, small_model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "module.{}",
+        "_orig_mod.{}",
+        "model.{}",
+        "module._orig_mod.{}",
+        "_orig_mod.module.{}",
+        "model._orig_mod.module.{}",
+        "_fsdp_wrapped_module.model.{}",
+        "net.student.{}",
+        "model.module.model.{}",
+    ],
+)
+@pytest.mark.parametrize("part", ["model", "encoder"])
+def test_names_before_which_wrappers_put_theirs(small_model, wrap, part):
+    target = other(small_model) if part == "model" else StellarEncoder(SMALL_ENCODER, 4)
+    source = small_model if part == "model" else small_model.encoder
+    target.load_upstream_state_dict({wrap.format(name): t for name, t in small_model.upstream_state_dict().items()})
+    assert_same_weights(target, source)
+
+
+def test_names_into_which_wrappers_put_theirs(small_model):
+    """torch.compile, FSDP and checkpointing of parts, and a DataParallel of one more."""
+    names = {
+        r"^(encoder\.encoder\.layer\.\d)": r"\1._checkpoint_wrapped_module",
+        r"^(clustering_head)": r"\1._orig_mod",
+        r"^(decoder)(?=\.)": r"\1._fsdp_wrapped_module.module",
+    }
+    weights = {}
+    for name, tensor in small_model.upstream_state_dict().items():
+        for pattern, wrapped in names.items():
+            name = re.sub(pattern, wrapped, name)
+        weights[f"module.{name}"] = tensor
+    target = other(small_model)
+    target.load_upstream_state_dict(weights)
+    assert_same_weights(target, small_model)
+
+
+@pytest.mark.parametrize("container", ["state_dict", "model", "module", "model_state_dict"])
+def test_training_checkpoints_of_other_loops(small_model, container):
+    target = other(small_model)
+    target.load_upstream_state_dict(
+        {"epoch": 3, container: small_model.upstream_state_dict(), "optimizer": {"lr": 1.0}}
+    )
+    assert_same_weights(target, small_model)
+
+
+def test_an_averaged_model(small_model):
+    averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 2)).state_dict()
+    weights = {f"module.{name}": t for name, t in small_model.upstream_state_dict().items()}
+    target = other(small_model)
+    target.load_upstream_state_dict({"n_averaged": averaged["n_averaged"], **weights})
+    assert_same_weights(target, small_model)
+
+
+def test_two_tensors_of_one_name_are_refused(small_model):
+    weights = small_model.upstream_state_dict()
+    target, before = other(small_model), other(small_model)
+    with pytest.raises(RuntimeError, match=r"hold sparse_tokens twice, as sparse_tokens and as module\.sparse_tokens"):
+        target.load_upstream_state_dict({**weights, "module.sparse_tokens": weights["sparse_tokens"] + 1})
+    with pytest.raises(RuntimeError, match=r"hold the model 2 times, under student\., ema\."):
+        target.load_upstream_state_dict({f"{p}.{name}": t for p in ("student", "ema") for name, t in weights.items()})
+    with pytest.raises(ValueError, match="weights have names, but one of these is 0, of type int"):
+        target.load_upstream_state_dict({0: weights["sparse_tokens"]})
+    assert_same_weights(target, before)
+
+
+def test_a_name_outside_of_the_prefix_is_unexpected(small_model):
+    weights = {f"model.{name}": t for name, t in small_model.upstream_state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"model; unexpected tensors: loss\.scale$"):
+        other(small_model).load_upstream_state_dict({**weights, "loss.scale": torch.ones(1)})
+
+
+def test_a_message_names_five_and_counts_the_rest(small_model):
+    with pytest.raises(RuntimeError) as error:
+        small_model.load_upstream_state_dict({f"features.{i}.weight": torch.zeros(1) for i in range(40)})
+    message = str(error.value)
+    assert len(message) < 900
+    missing = len(small_model.upstream_state_dict())
+    assert (
+        "missing tensors: encoder.embeddings.cls_token, " in message
+        and f" and {missing - 5} more; unexpected" in message
+    )
+    assert "features.12.weight and 35 more; they hold 40 entries: features.0.weight, features.1.weight, " in message
+    with pytest.raises(RuntimeError, match=r"they hold 0 entries: none$"):
+        small_model.load_upstream_state_dict({})
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["blocks.0.attn.qkv.weight", "patch_embed.proj.weight"], r"a plain ViT: vit_pretrained= starts from it$"),
+        (["vit.embeddings.patch_embeddings.projection.weight"], r"a plain ViT: vit_pretrained="),
+        (["encoder.transformer.blocks.0.attn.qkv.weight"], r"this package's own modules: load_state_dict takes them$"),
+        (["encoder.conv_in.weight", "quantize.embedding.weight"], r"a VQGAN: vq_model= takes it$"),
+        (["encoder.blocks.0.lora_A.weight"], "wrapped modules: merge adapters"),
+    ],
+)
+def test_a_message_says_what_the_weights_look_like(small_model, names, kind):
+    with pytest.raises(RuntimeError, match=f"those look like {kind}"):
+        small_model.load_upstream_state_dict({name: torch.zeros(1) for name in names})
+
+
+def test_torchs_own_state_dict_is_recognised(small_model):
+    with pytest.raises(RuntimeError, match=r"those look like this package's own modules: load_state_dict takes them$"):
+        small_model.encoder.load_upstream_state_dict(small_model.encoder.state_dict())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_values_that_are_no_numbers_are_refused(small_model, strict):
+    weights = small_model.upstream_state_dict()
+    weights["sparse_tokens"][1, :3] = torch.nan
+    weights["clustering_head.layer.weight"][0, 0] = -torch.inf
+    target, before = other(small_model), other(small_model)
+    message = r"sparse_tokens \(3 of 192 values\), clustering_head\.layer\.weight \(1 of 1,024 values\)$"
+    with pytest.raises(ValueError, match=f"hold NaN, infinity or what .*: {message}"):
+        target.load_upstream_state_dict(weights, strict=strict)
+    assert_same_weights(target, before)
+    StellarEncoder(SMALL_ENCODER, 4).load_upstream_state_dict(weights | {"sparse_tokens": torch.zeros(4, 48)})
+
+
+def test_many_such_tensors_are_counted(small_model):
+    weights = {name: torch.full_like(t, torch.inf) for name, t in small_model.upstream_state_dict().items()}
+    with pytest.raises(ValueError, match=f" and {len(weights) - 5} more$"):
+        small_model.load_upstream_state_dict(weights)
+
+
+def test_what_16_bits_do_not_hold_is_refused(small_model):
+    weights = small_model.upstream_state_dict()
+    weights["sparse_tokens"][0, 0] = 1e5
+    small_model.load_upstream_state_dict(weights)
+    with pytest.raises(ValueError, match=r"sparse_tokens \(1 of 192 values\)"):
+        small_model.half().load_upstream_state_dict(weights)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            torch.zeros(4, 48, dtype=torch.int8),
+            r"sparse_tokens is torch\.int8, torch\.strided, not dense floating point",
+        ),
+        (torch.zeros(4, 48, dtype=torch.complex64), r"is torch\.complex64"),
+        (torch.zeros(4, 48).to_sparse(), r"is torch\.float32, torch\.sparse_coo, not dense"),
+        (torch.zeros(4, 48, device="meta"), "is on the meta device, not dense"),
+        ([[0.0] * 48] * 4, "sparse_tokens is a list, not a tensor"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(small_model, given, message):
+    with pytest.raises(RuntimeError, match=f"unfit tensors: .*{message}"):
+        small_model.load_upstream_state_dict(small_model.upstream_state_dict() | {"sparse_tokens": given})
+
+
+def test_weights_of_other_formats_fill_a_model(small_model):
+    """Of 8, 16 and 64 bits, on no device's strides in particular."""
+    weights = small_model.upstream_state_dict()
+    tokens = weights["sparse_tokens"]
+    for given in (tokens.double(), tokens.bfloat16(), tokens.half().mT.contiguous().mT, tokens.to(torch.float8_e4m3fn)):
+        small_model.load_upstream_state_dict(weights | {"sparse_tokens": given})
+        assert torch.equal(small_model.encoder.sparse_tokens, given.float())
 
 
 def test_an_encoder_takes_its_part_of_a_model(small_model):
@@ -165,7 +331,7 @@ def test_load_stellar_understands_upstreams_manifest(upstream_repository):
     encode = load_stellar("stellar-b16", repo_id=str(path))
     assert_same_weights(encode.encoder, model.encoder)
     images = torch.rand(1, 3, 32, 32)
-    torch.testing.assert_close(encode.encode(images)["sparse"], model.encode(images)["sparse"])
+    assert_alike(encode.encode(images)["sparse"], model.encode(images)["sparse"])
     reconstruct = load_stellar("stellar-b16", "reconstruct", vq_model=model.tokenizer, repo_id=str(path))
     assert torch.equal(
         reconstruct.reconstruct(reconstruct.encode(images))["reconstruction"],
@@ -200,6 +366,99 @@ def test_load_stellar_names_missing_and_unexpected_tensors(upstream_repository):
 def test_wrong_paths_are_named(path, error, message):
     with pytest.raises(error, match=message):
         StellarModel.from_pretrained(path)
+
+
+def test_errors_name_the_file(small_model, tmp_path):
+    small_model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "sparse_tokens": torch.full((4, 48), torch.nan)}, path)
+    for kind in (StellarModel, StellarEncoder):
+        with pytest.raises(ValueError, match=rf"^{path}: the weights hold NaN.*: sparse_tokens \(192 of 192 values\)$"):
+            kind.from_pretrained(tmp_path)
+    del weights["sparse_tokens"]
+    save_file(weights, path)
+    with pytest.raises(
+        RuntimeError, match=rf"^{path}: the weights do not fit the model; missing tensors: sparse_tokens"
+    ):
+        StellarModel.from_pretrained(tmp_path)
+
+
+def test_a_run_is_its_newest_good_checkpoint(small_model, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"^{run} is a training run without a checkpoint yet$"):
+        StellarEncoder.from_pretrained(run)
+    for step in (1, 2, 3):
+        with torch.no_grad():
+            small_model.encoder.sparse_tokens += step
+        if step == 2:
+            second = small_model.upstream_state_dict()
+        save_checkpoint(run / "checkpoints", step, small_model, {}, {}, keep=3)
+    broken = run / "checkpoints" / "step_00000003" / "train.pt"
+    broken.write_bytes(b"")
+    for path in (run, run / "checkpoints", f"{run}/"):
+        with pytest.warns(UserWarning, match=r"checkpoint refused: .*step_00000003 is damaged: train\.pt"):
+            model = from_pretrained(path)
+        assert mismatches(model.upstream_state_dict(), second, absolute=0, relative=0) == []
+        with pytest.warns(UserWarning, match="checkpoint refused"):
+            encoder = StellarEncoder.from_pretrained(path)
+        assert torch.equal(encoder.sparse_tokens, second["sparse_tokens"])
+    for step in (1, 2):
+        (run / "checkpoints" / f"step_0000000{step}" / "meta.json").unlink()
+    with pytest.raises(ValueError, match=r"step_00000003 is damaged: train\.pt"):
+        StellarModel.from_pretrained(run)
+
+
+def test_an_unreadable_file_says_so_before_it_asks_for_a_model(tmp_path):
+    (tmp_path / "weights.bin").write_text("<html>")
+    with pytest.raises(ValueError, match=r"weights\.bin: it is a web page"):
+        StellarModel.from_pretrained(tmp_path / "weights.bin")
+
+
+def test_folders_without_weights_say_so(small_model, tmp_path):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{tmp_path} is no directory of a model: there is no config\.json with 'stellar_fast' .* in it$",
+    ):
+        StellarModel.from_pretrained(tmp_path)
+    save_file(small_model.upstream_state_dict(), tmp_path / "stellar-b16.safetensors")
+    with pytest.raises(ValueError, match=rf"name the file itself and its model=: {tmp_path}/stellar-b16\.safetensors$"):
+        StellarModel.from_pretrained(tmp_path, model="b16")
+    (tmp_path / "config.json").write_text(json.dumps({"stellar_fast": []}))
+    with pytest.raises(ValueError, match=r"config\.json: 'stellar_fast' must hold an object but holds a list"):
+        StellarModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"stellar_fast": small_model.config}))
+    with pytest.raises(FileNotFoundError, match=f"no weights file at {tmp_path}/model.safetensors"):
+        StellarModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the path of the weights is empty"):
+        StellarModel.from_pretrained("")
+    with pytest.raises(ValueError, match="the path of the weights is empty"):
+        StellarModel(SMALL_ENCODER, SMALL_DECODER, vq_model="", **SMALL_KWARGS)
+    with pytest.raises(ValueError, match="vit_pretrained is empty"):
+        StellarModel(SMALL_ENCODER, SMALL_DECODER, vit_pretrained="", **SMALL_KWARGS)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda name: StellarModel.from_pretrained(name),
+        lambda name: StellarEncoder.from_pretrained(name),
+        lambda name: StellarModel(SMALL_ENCODER, SMALL_DECODER, vit_pretrained=name, **SMALL_KWARGS),
+    ],
+)
+def test_a_mistyped_path_that_looks_like_a_repository(load, monkeypatch):
+    """Whatever huggingface_hub raises, the sentence begins with what was asked for."""
+
+    def offline(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("No connection.\nAnd much more.")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "hf_hub_download", offline)
+    with pytest.raises(
+        FileNotFoundError, match=r"^rnus/first is neither a file .* the hub gives none: No connection\.$"
+    ):
+        load("rnus/first")
 
 
 def test_wrong_files_are_named(small_model, tmp_path):
@@ -280,7 +539,7 @@ def test_start_resizes_the_position_embedding(tmp_path):
     trunk["embeddings.position_embeddings"] = torch.full((1, 1 + 64, 48), 0.5)
     save_file(trunk, tmp_path / "vit.safetensors")
     model = StellarModel(SMALL_ENCODER, SMALL_DECODER, vit_pretrained=tmp_path / "vit.safetensors", **SMALL_KWARGS)
-    torch.testing.assert_close(model.encoder.pos_embed.data, torch.full((1, 17, 48), 0.5))
+    assert_alike(model.encoder.pos_embed.data, torch.full((1, 17, 48), 0.5))
 
 
 def test_tokenizer_tensors_fill_the_vqgan():

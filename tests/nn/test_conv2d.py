@@ -6,10 +6,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from stellar_fast import backend
 from stellar_fast.kernels.common.statistics import statistics
 from stellar_fast.nn.conv2d import Conv2d
+from stellar_fast.ops.from_weight import _made
+from tests.roundings import assert_alike
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -33,8 +37,8 @@ def test_the_same_as_torch(size, options):
     conv, x = frozen(**options), image(*size)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         given = x.contiguous(memory_format=memory_format)
-        torch.testing.assert_close(conv(given), plain(conv, x))
-    assert (conv._packed is None) == (not x.numel())
+        assert_alike(conv(given), plain(conv, x))
+    assert (conv.weight.untyped_storage() in _made) == bool(x.numel())
 
 
 def test_autocast_computes_in_its_dtype():
@@ -42,22 +46,22 @@ def test_autocast_computes_in_its_dtype():
     with torch.autocast("cpu", BF16):
         found, want = conv(x), plain(conv, x)
     assert found.dtype == want.dtype == BF16
-    torch.testing.assert_close(found, want)
-    torch.testing.assert_close(conv(x), plain(conv, x))  # and in fp32 after it
+    assert_alike(found, want)
+    assert_alike(conv(x), plain(conv, x))  # and in fp32 after it
 
 
 def test_changed_weights_are_seen():
     conv, x = frozen(), image(2, 5, 9, 6)
     before = conv(x)
     conv.weight.mul_(2)
-    torch.testing.assert_close(conv(x), plain(conv, x))
+    assert_alike(conv(x), plain(conv, x))
     conv.bias.add_(1)
-    torch.testing.assert_close(conv(x), plain(conv, x))
+    assert_alike(conv(x), plain(conv, x))
     conv.load_state_dict(frozen().state_dict())
     assert torch.equal(conv(x), before)
     with torch.inference_mode():
         conv.weight = torch.nn.Parameter(conv.weight * 3, requires_grad=False)
-        torch.testing.assert_close(conv(x), plain(conv, x))
+        assert_alike(conv(x), plain(conv, x))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
@@ -67,7 +71,7 @@ def test_the_sum_takes_the_streams_memory(dtype):
     want = plain(conv, x) + stream
     total, addend, _ = conv.add(x, stream, 5)
     assert addend is None and total is stream
-    torch.testing.assert_close(total, want)
+    assert_alike(total, want)
 
 
 @pytest.mark.parametrize("needs", ["x", "stream", "weight"])
@@ -81,16 +85,40 @@ def test_gradients_are_torchs(needs):
     assert addend is tensors["stream"] and torch.equal(addend.detach(), before)
     (found,) = torch.autograd.grad((total + addend).square().sum(), tensors[needs])
     (want,) = torch.autograd.grad((plain(conv, tensors["x"]) + tensors["stream"]).square().sum(), tensors[needs])
-    torch.testing.assert_close(found, want)
+    assert_alike(found, want)
 
 
 def test_what_is_kept_is_not_part_of_the_module():
     conv, x = frozen(), image(2, 5, 9, 6)
     want = conv(x)
-    assert conv._packed is not None and conv.state_dict().keys() == {"weight", "bias"}
+    assert conv.weight.untyped_storage() in _made and conv.state_dict().keys() == {"weight", "bias"}
     for again in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
-        assert again._packed is None
+        assert again.__dict__.keys() == torch.nn.Conv2d(1, 1, 1).__dict__.keys()
+        assert again.weight.untyped_storage() not in _made
         assert torch.equal(again(x), want)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+def test_images_of_all_sizes_take_one_layout(dtype):
+    conv = frozen(16, 24).to(dtype)
+    for size in [(2, 16, 9, 6), (1, 16, 1, 1), (1, 16, 70, 3)]:
+        x = image(*size).to(dtype)
+        torch.testing.assert_close(conv(x), plain(conv, x))
+    assert len(_made[conv.weight.untyped_storage()]) == 1
+
+
+def test_what_looks_on_sees_torchs_convolution(layer):
+    """Its FLOPs are counted, it can be mapped, and it has the shape of the result where there are no values."""
+    x, stream = images(64), images(32)
+    want = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    with FlopCounterMode(display=False) as counter:
+        torch.testing.assert_close(layer(x), want)
+        layer.add(x, stream, 4)
+    assert counter.get_total_flops() == 2 * (2 * 2 * 32 * 32 * 32 * 64 * 9)
+    torch.testing.assert_close(torch.vmap(lambda image: layer(image[None])[0])(x), want)
+    assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == want.shape
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.empty_like(x)).shape == want.shape
 
 
 @pytest.fixture
@@ -110,18 +138,18 @@ def test_statistics_come_along_with_fewer_products(layer, chosen):
     convolved = F.conv2d(x, layer.weight, layer.bias, padding=1)
     want, address = convolved + stream, stream.data_ptr()
     with backend.use_backend(conv3x3=chosen), backend.observe() as seen:
-        torch.testing.assert_close(layer(x), convolved)
+        assert_alike(layer(x), convolved)
         found, found_stats = layer.with_stats(x, 4)
-        torch.testing.assert_close(found, convolved)
+        assert_alike(found, convolved)
         out, addend, stats = layer.add(x, stream, 4)
-    torch.testing.assert_close(out, want)
+    assert_alike(out, want)
     assert out.data_ptr() == address and addend is None
     assert (("conv3x3", "cpu") in seen) == (chosen == "cpu")
     if chosen == "torch":
         assert found_stats is None and stats is None
     else:
-        torch.testing.assert_close(found_stats, statistics(convolved, 4))
-        torch.testing.assert_close(stats, statistics(want, 4))
+        assert_alike(found_stats, statistics(convolved, 4))
+        assert_alike(stats, statistics(want, 4))
 
 
 @pytest.mark.parametrize("learns", ["weight", "bias", "x"])
@@ -133,7 +161,7 @@ def test_gradients_of_large_convolutions_are_torchs(layer, learns):
     assert stats is None and torch.equal(addend, before)
     (found,) = torch.autograd.grad(out.square().sum(), leaf)
     want = F.conv2d(x, layer.weight, layer.bias, padding=1)
-    torch.testing.assert_close(found, torch.autograd.grad(want.square().sum(), leaf)[0])
+    assert_alike(found, torch.autograd.grad(want.square().sum(), leaf)[0])
 
 
 @pytest.mark.parametrize("other", [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding_mode": "circular"}])
@@ -143,4 +171,4 @@ def test_other_convolutions_are_torchs(other):
     with backend.observe() as seen:
         found = layer(x)
     assert not seen
-    torch.testing.assert_close(found, torch.nn.Conv2d.forward(layer, x))
+    assert_alike(found, torch.nn.Conv2d.forward(layer, x))
