@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
-from stellar_fast.commands.console import console, fail
+from stellar_fast.commands.console import console, say
+from stellar_fast.files import shown
 from stellar_fast.train.config import TrainConfig, resolve_device
+
+if TYPE_CHECKING:
+    from stellar_fast.train import TrainResult
 
 DECODER_EPOCHS = 20.0  # of the published probe, a fresh decoder on frozen features
 
@@ -23,11 +29,15 @@ def train(config: str | None, resume: bool, **flags: Any) -> None:
 
     Options may stand in a YAML file too (with _ for -); those given here win.
 
-    Ctrl-C saves and prints the line that continues.
+    Ctrl-C saves and prints the line that continues; TERM, HUP, USR1, USR2 and XCPU do the same.
+    Once more, a second or more later, ends the run at once.
+
+    Exit code 0: finished. 130 and the like, 128 + the signal: stopped, with a checkpoint.
+    1: ended early by an error, with a checkpoint of the steps done where one can be written. 2: not begun.
 
     On several GPUs: [cyan]torchrun --nproc-per-node 8 -m stellar_fast.cli train ...[/]
     """
-    _run(TrainConfig.load(config, **_given(flags)), resume)
+    _run(lambda: TrainConfig.load(config, **_given(flags)), resume)
 
 
 def train_decoder(config: str | None, resume: bool, vq_model: str | None, **flags: Any) -> None:
@@ -39,12 +49,16 @@ def train_decoder(config: str | None, resume: bool, vq_model: str | None, **flag
 
     Options may stand in a YAML file too (with _ for -); those given here win.
 
-    Ctrl-C saves and prints the line that continues.
+    Ctrl-C saves and prints the line that continues; signals and exit codes are those of [cyan]stellar-fast train[/].
     """
-    given = _given(flags) | {"decoder_only": True}
-    if vq_model:
-        given["model"] = {"vq_model": vq_model}
-    _run(TrainConfig.load(config, defaults={"epochs": DECODER_EPOCHS}, **given), resume)
+
+    def load() -> TrainConfig:
+        given = _given(flags) | {"decoder_only": True}
+        if vq_model:
+            given["model"] = {"vq_model": vq_model}
+        return TrainConfig.load(config, defaults={"epochs": DECODER_EPOCHS}, **given)
+
+    _run(load, resume)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -56,27 +70,47 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _run(settings: TrainConfig, resume: bool) -> None:
-    resolve_device(settings.device)
+def _run(load: Callable[[], TrainConfig], resume: bool) -> None:
+    load = functools.cache(load)  # a file of options may be a pipe
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        resolve_device(load().device)  # told before what follows is imported
 
-    from stellar_fast.train import NonFiniteLossError, RichProgress
+    from stellar_fast.train import RichProgress, RunEndedError
     from stellar_fast.train import train as run
+    from stellar_fast.train.distributed import process_group
+    from stellar_fast.train.errors import RankError
+    from stellar_fast.train.loggers import unless_lost
 
-    try:
-        result = run(settings, resume=resume, loggers=[RichProgress(console, settings.log_every)])
-    except NonFiniteLossError as error:
-        fail(str(error), code=1)
-    if os.environ.get("RANK", "0") != "0":
-        return
+    with process_group() as ranks:
+        try:
+            settings = ranks.together(load)
+            result = run(settings, resume=resume, loggers=[RichProgress(console, settings.log_every)])
+        except (RankError, RunEndedError) as error:
+            if os.environ.get("STELLAR_FAST_TRACEBACK") == "1":
+                raise
+            code = 1 if isinstance(error, RunEndedError) else 2
+            if ranks.is_main:
+                say("[bold red]error:[/]", str(error))
+        else:
+            code = 128 + result.signal if result.signal else 0
+            if ranks.is_main:
+                with unless_lost(console):
+                    console.print(_summary(result), soft_wrap=True, highlight=False, markup=False)
+        ranks.max(0)  # the first has told: once one has ended, a launcher may end the others
+    if code:
+        raise SystemExit(code)
+
+
+def _summary(result: TrainResult) -> str:
     skipped = f", {result.skipped_steps} skipped" if result.skipped_steps else ""
-    console.print(
+    lines = [
         f"{'stopped at' if result.resume_command else 'finished'} step {result.step}{skipped}: "
-        f"{result.images_per_second:.1f} images/s in {result.seconds:.0f} s\ncheckpoint {result.checkpoint}",
-        soft_wrap=True,
-        highlight=False,
-    )
+        f"{result.images_per_second:.1f} images/s in {result.seconds:.0f} s",
+        f"checkpoint {shown(result.checkpoint)}",
+    ]
     if result.resume_command:
-        console.print(f"continue with\n  {result.resume_command}", soft_wrap=True, highlight=False, markup=False)
+        lines += ["continue with", f"  {result.resume_command}"]
+    return "\n".join(lines)
 
 
 def _signature(
@@ -94,15 +128,17 @@ def _signature(
         inspect.Parameter("resume", keyword, default=False, annotation=Annotated[bool, resume]),
     ]
     kinds: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool}
+    kinds["tuple[float, float] | None"] = tuple[float, float]
     for f in dataclasses.fields(TrainConfig):
         if f.name in without:
             continue
         table, default = str(f.type).startswith("dict"), defaults.get(f.name, f.default)
         option = typer.Option(
-            help=helps.get(f.name, f.metadata["help"]) + ("" if table or default == "" else f" [dim]\\[{default}][/]"),
+            help=helps.get(f.name, f.metadata["help"])
+            + ("" if table or default in ("", None) else f" [dim]\\[{default}][/]"),
             show_default=False,
             rich_help_panel=f.metadata["section"],
-            metavar="KEY=VALUE" if table else None,
+            metavar="KEY=VALUE" if table else "LO HI" if str(f.type).startswith("tuple") else None,
         )
         kind = list[str] if table else kinds[str(f.type)]
         annotation = Annotated[kind | None, option]  # type: ignore[valid-type]

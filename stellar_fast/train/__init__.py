@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from stellar_fast.train.config import TrainConfig
 
 if TYPE_CHECKING:
+    from stellar_fast.train.errors import NonFiniteLossError, RunEndedError
     from stellar_fast.train.loggers import JsonLines, Logger, RichProgress, TensorBoard
-    from stellar_fast.train.loop import NonFiniteLossError, TrainResult, train
+    from stellar_fast.train.loop import TrainResult, train
 
 _HOMES = {
     "train": "loop",
     "TrainResult": "loop",
-    "NonFiniteLossError": "loop",
+    "NonFiniteLossError": "errors",
+    "RunEndedError": "errors",
     "Logger": "loggers",
     "JsonLines": "loggers",
     "RichProgress": "loggers",
@@ -29,6 +31,7 @@ __all__ = [
     "Logger",
     "NonFiniteLossError",
     "RichProgress",
+    "RunEndedError",
     "TensorBoard",
     "TrainConfig",
     "TrainResult",

@@ -13,7 +13,6 @@ from stellar_fast import backend
 from stellar_fast.data import ImageFolder, MultiViewDataset, MultiViewTransform
 from stellar_fast.models import StellarEncoder, StellarModel
 from stellar_fast.models.config import DecoderConfig, EncoderConfig, resolve_preset
-from stellar_fast.train.checkpoint import find_weights
 from stellar_fast.train.config import TrainConfig, check_keys
 
 Sizes = TypeVar("Sizes", EncoderConfig, DecoderConfig)
@@ -31,7 +30,7 @@ def build_model(config: TrainConfig) -> StellarModel:
     _check_model_options(config.model, known)
     model = StellarModel(encoder=encoder, decoder=decoder, **{**preset.model, **config.model})
     if config.weights:
-        start = StellarModel.from_pretrained(find_weights(config.weights))
+        start = StellarModel.from_pretrained(config.weights)
         model.load_upstream_state_dict(start.upstream_state_dict())
     return model
 
@@ -44,7 +43,7 @@ def _decoder_on_frozen_encoder(config: TrainConfig) -> StellarModel:
         raise ValueError(f"the encoder is that of {config.weights}, but encoder options are given: {config.encoder}")
     _check_model_options(config.model, ["vq_model", "num_decoder_layers"])
     sizes = _replace(DecoderConfig(), config.decoder, "decoder option")
-    encoder = StellarEncoder.from_pretrained(find_weights(config.weights), model=config.preset or None)
+    encoder = StellarEncoder.from_pretrained(config.weights, model=config.preset or None)
     arguments: dict[str, Any] = dict.fromkeys(("do_clustering", "do_cls", "do_masking", "do_koleo"), False)
     model = StellarModel(encoder, sizes, **arguments, **config.model)
     model.encoder.requires_grad_(False)
@@ -63,7 +62,13 @@ def build_dataset(config: TrainConfig, model: StellarModel) -> Dataset:
         num_global_views=max(masked, 2 if model.momentum_teacher else 1),
         num_local_views=model.num_local_crops if model.do_cls and model.do_cropping else 0,
     )
-    return MultiViewDataset(ImageFolder(config.data, max_failed_share=config.max_unreadable), transform, config.seed)
+    folder = ImageFolder(
+        config.data,
+        max_failed_share=config.max_unreadable,
+        value_range=config.value_range,
+        max_pixels=config.max_pixels or None,
+    )
+    return MultiViewDataset(folder, transform, config.seed)
 
 
 def _replace(sizes: Sizes, changes: dict[str, Any], what: str) -> Sizes:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stellar_fast.files import write_atomically
+from stellar_fast.files import MARK, shown, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,10 @@ class TrainConfig:
     )
 
     max_unreadable: float = _option(0.1, "Share of the images that may be unreadable.", exact=False)
+    value_range: tuple[float, float] | None = _option(
+        None, "The numbers in the files that are black and white; not given: found for each file (docs/data.md)."
+    )
+    max_pixels: int = _option(0, "Pixels that an image may have; 0: what Pillow allows.", exact=False)
 
     decoder_only: bool = _option(
         False,
@@ -97,7 +101,7 @@ class TrainConfig:
         _require(self.precision in ("auto", "fp32", "bf16"), "precision", self.precision, "auto, fp32 or bf16")
         for name in ("batch_size", "accumulate", "log_every", "keep", "max_nonfinite"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("steps", "max_seconds", "save_every", "weight_decay", "final_lr"):
+        for name in ("steps", "max_seconds", "save_every", "weight_decay", "final_lr", "max_pixels"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "zero or more")
         for name in ("epochs", "lr", "clip"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above zero")
@@ -115,11 +119,11 @@ class TrainConfig:
         values: dict[str, Any] = {}
         if path is not None:
             try:
-                values = yaml.safe_load(Path(path).read_text()) or {}
+                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is not YAML: {error}") from error
+                raise ValueError(f"{shown(path)} is not YAML: {error}") from error
             if not isinstance(values, dict):
-                raise ValueError(f"{path} holds a {type(values).__name__}, not a table of `key: value` lines")
+                raise ValueError(f"{shown(path)} holds a {type(values).__name__}, not a table of `key: value` lines")
         check_keys([*values, *overrides], [f.name for f in dataclasses.fields(cls)], "training option")
         for name, value in overrides.items():
             merge = isinstance(value, Mapping) and isinstance(values.get(name), Mapping)
@@ -129,7 +133,7 @@ class TrainConfig:
     def save(self, path: str | Path) -> None:
         """Write the resolved configuration; paths become absolute so that the file works from any folder."""
         values = self._absolute() | {"data": os.path.abspath(self.data), "out": os.path.abspath(self.out)}
-        write_atomically(path, yaml.safe_dump(values, sort_keys=False).encode())
+        write_atomically(path, f"# {MARK}\n{yaml.safe_dump(values, sort_keys=False)}".encode())
 
     def exact_values(self) -> dict[str, Any]:
         """The options that change the numbers of a run."""
@@ -189,6 +193,11 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
             return dict(value)
         if value is None:
             return {}
+    elif kind.startswith("tuple"):
+        if value is None:
+            return None
+        if isinstance(value, (list, tuple)) and len(value) == 2:
+            return tuple(_coerce(name, number, "float") for number in value)
     elif not isinstance(value, bool):
         try:
             number = float(value)
@@ -203,4 +212,11 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
     raise ValueError(f"{name} must be {_KINDS[kind.split('[')[0]]}, got {value!r}")
 
 
-_KINDS = {"bool": "true or false", "str": "text", "dict": "a table", "float": "a number", "int": "a whole number"}
+_KINDS = {
+    "bool": "true or false",
+    "str": "text",
+    "dict": "a table",
+    "float": "a number",
+    "int": "a whole number",
+    "tuple": "two numbers",
+}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from stellar_fast.train.errors import RankError, sentence
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,13 @@ class Ranks:
             values /= self.world
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process. Travels between the hosts: the devices are not waited for."""
+    def max(self, number: int) -> int:
+        """The largest of the processes' numbers. Travels between the hosts: the devices are not waited for."""
         if self.world == 1:
-            return flag
-        flags = torch.tensor(int(flag))
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable `value` of every process, in rank order, on every process."""
@@ -50,14 +54,51 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+    def share(self, error: Exception | None) -> Exception | None:
+        """The error of the first process that has one, on all of them; None where none has.
+
+        A bug stays what it is where it occurred, with its traceback.
+        """
+        if self.world == 1:
+            return error
+        told = self.gather(None if error is None else sentence(error) or f"{type(error).__name__}: {error}")
+        rank = next((rank for rank, text in enumerate(told) if text is not None), None)
+        if rank is None or (error is not None and sentence(error) is None):
+            return error
+        shared = RankError(told[rank] if rank == 0 else f"process {rank} of {self.world}: {told[rank]}")
+        shared.__cause__ = error
+        return shared
+
+    def together(self, function: Callable[[], T]) -> T:
+        """What the function gives here, once it has succeeded on all processes; else the same error on all."""
+        value: Any = None
+        error = None
+        try:
+            value = function()
+        except Exception as caught:
+            error = caught
+        if (shared := self.share(error)) is not None:
+            raise shared
+        return value
+
+    def same(self, options: dict[str, Any]) -> None:
+        """Raise RankError, on all processes, for the first option that differs between two of them."""
+        first, *others = self.gather(options)
+        for rank, values in enumerate(others, 1):
+            for name, value in values.items():
+                if value != first[name]:
+                    raise RankError(
+                        f"process {rank} of {self.world} has {name} {value!r}, process 0 has {first[name]!r}: "
+                        "all processes of a run need the same"
+                    )
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Ranks]:
-    """The process group that torchrun's environment asks for; without torchrun a single process and no group."""
+def process_group(device: str = "auto") -> Iterator[Ranks]:
+    """The process group that torchrun's environment asks for; without torchrun a single process and no group.
+
+    `device` is the option of that name: a machine that lacks it still joins, to say so to the others.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks()
@@ -68,7 +109,8 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
         # The first call of a custom operator imports it, and its import keeps a group that exists alive (torch 2.13):
         # gloo's threads then outlive the interpreter, and a process that has done its work ends in SIGABRT.
         importlib.import_module("torch._dynamo")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
     try:
         yield ranks
     finally:

@@ -7,7 +7,10 @@ out `skipped`: the names of the terms that were not finite.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +19,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from stellar_fast.files import null_if_not_finite, write_atomically
+from stellar_fast.files import explained, null_if_not_finite, shown, utf8_path, write_atomically
 
 Record = dict[str, Any]  # a metric of several numbers, such as matched_tokens, is a list
 _ABOUT_THE_STEP = ("step", "epoch", "progress", "seconds", "images_per_second", "skipped")
@@ -38,12 +41,10 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, every: int, resume_step: int = 0) -> None:
-        try:
-            kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a file of metrics: {error!r}") from error
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-        self._file = path.open("a")
+        kept = [line for line in read_records(path) if json.loads(line)["step"] <= resume_step]
+        write_atomically(path, b"".join(line + b"\n" for line in kept))
+        self._path = path
+        self._file = path.open("ab", buffering=0)
         self._every = every
         self._first = True
         self._unwritten: Record | None = None
@@ -55,26 +56,48 @@ class JsonLines:
         self._first = False
 
     def _write(self, record: Record) -> None:
-        self._file.write(json.dumps(null_if_not_finite(record)) + "\n")
-        self._file.flush()
+        line = json.dumps(null_if_not_finite(record)).encode() + b"\n"
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            left = memoryview(line)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)  # a file of whole lines
+            raise explained(error, self._path, len(line)) from error
         self._unwritten = None
 
     def close(self) -> None:
-        if self._unwritten:
-            self._write(self._unwritten)
-        self._file.close()
+        with self._file:
+            if self._unwritten:
+                self._write(self._unwritten)
+
+
+def read_records(path: Path) -> list[bytes]:
+    """The lines of a metrics.jsonl, without a last one that a killed process left unfinished; none of a missing file.
+
+    Raises:
+        ValueError: a file that `JsonLines` did not write.
+    """
+    if not path.exists():
+        return []
+    if not path.is_file():
+        raise ValueError(f"{shown(path)} is not a file of metrics: it is no file")
+    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+    try:
+        for line in lines:
+            record = json.loads(line)
+            if not (isinstance(record["step"], int) and {"progress", "seconds", "images_per_second"} <= record.keys()):
+                raise ValueError(f"it holds {record}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{shown(path)} is not a file of metrics: {error!r}") from error
+    return lines
 
 
 def _numbers(record: Record) -> list[str]:
     """What a line shows: every loss and metric that is one number."""
     return [name for name, value in record.items() if name not in _ABOUT_THE_STEP and not isinstance(value, list)]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of the file, without a last one that a killed process left unfinished."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().split("\n")[:-1] if line]
 
 
 class TensorBoard:
@@ -84,28 +107,64 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, every: int, resume_step: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._open = contextlib.ExitStack()
+        name = self._open.enter_context(utf8_path(folder))
+        self._writer = self.writer()(name, purge_step=resume_step + 1 if resume_step else None)
+        self._folder = folder
+        self._every = every
+
+    @staticmethod
+    def writer() -> Any:
+        """TensorBoard's class that writes events."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(f"TensorBoard cannot be imported ({error}): pip install 'stellar-fast[log]'") from error
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
-        self._every = every
+        return SummaryWriter
 
     def log(self, record: Record) -> None:
         if record["step"] % self._every == 0 and "skipped" not in record:
-            for name, value in record.items():
-                if isinstance(value, list):
-                    for i, x in enumerate(value):
-                        self._writer.add_scalar(f"{name}/{i}", x, record["step"])
-                elif name not in ("step", "seconds"):
-                    self._writer.add_scalar(name, value, record["step"])
+            with self._errors_explained():
+                for name, value in record.items():
+                    if isinstance(value, list):
+                        for i, x in enumerate(value):
+                            self._writer.add_scalar(f"{name}/{i}", x, record["step"])
+                    elif name not in ("step", "seconds"):
+                        self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        with self._open, self._errors_explained():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _errors_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise explained(error, self._folder / "events") from error
+
+
+@contextlib.contextmanager
+def unless_lost(console: Console) -> Iterator[None]:
+    """Print; once nobody reads, the disk behind it is full or the terminal has hung up, the console falls silent."""
+    try:
+        yield
+    except (OSError, ValueError, SystemExit):  # the last of them is rich's answer to a reader that is gone
+        console.quiet = True
+
+
+class _Live(Live):
+    def refresh(self) -> None:  # by a thread of its own, too
+        with unless_lost(self.console):
+            super().refresh()
 
 
 class RichProgress:
-    """A live bar with speed and remaining time over a table of every number; plain lines where there is no terminal."""
+    """A live bar with speed and remaining time over a table of every number; plain lines where there is no terminal.
+
+    Printing that fails costs what is printed alone.
+    """
 
     def __init__(self, console: Console | None = None, every: int = 10, title: str = "training") -> None:
         self._console = console or Console()
@@ -124,22 +183,24 @@ class RichProgress:
         self._task = self._progress.add_task("", total=1.0, step=0, speed=0.0)
         self._skipped = 0
         self._live = (
-            Live(self._progress, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+            _Live(self._progress, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
         )
 
     def log(self, record: Record) -> None:
         self._skipped += "skipped" in record
-        if self._live:
-            self._live.start()  # at the first record: only the process that reports shows a bar
-            speed = record["images_per_second"]
-            self._progress.update(self._task, completed=record["progress"], step=record["step"], speed=speed)
-            self._live.update(Group(self._progress, self._table(record)))
-        elif record["step"] % self._every == 0 or "skipped" in record:
-            self._console.print(self._line(record), soft_wrap=True, highlight=False)
+        with unless_lost(self._console):
+            if self._live:
+                self._live.start()  # at the first record: only the process that reports shows a bar
+                speed = record["images_per_second"]
+                self._progress.update(self._task, completed=record["progress"], step=record["step"], speed=speed)
+                self._live.update(Group(self._progress, self._table(record)))
+            elif record["step"] % self._every == 0 or "skipped" in record:
+                self._console.print(self._line(record), soft_wrap=True, highlight=False)
 
     def close(self) -> None:
         if self._live:
-            self._live.stop()
+            with unless_lost(self._console), contextlib.suppress(IndexError):  # of a display that did not come to start
+                self._live.stop()
 
     def _table(self, record: Record) -> Table:
         names = _numbers(record)

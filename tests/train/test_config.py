@@ -1,9 +1,13 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from stellar_fast import StellarModel
+from stellar_fast.train.build import build_dataset
 from stellar_fast.train.config import TrainConfig, resolve_device
 
 
@@ -31,7 +35,7 @@ def test_the_model_is_tiny_unless_weights_tell_another() -> None:
 
 def test_saved_config_loads_to_the_same_run_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig(data="photos", out="run", lr=3e-4, model={"focal_mode": None})
+    config = TrainConfig(data="photos", out="run", lr=3e-4, model={"focal_mode": None}, value_range=(0, 4095))
     config.save(tmp_path / "config.yaml")
     monkeypatch.chdir("/")
     loaded = TrainConfig.load(tmp_path / "config.yaml")
@@ -49,6 +53,9 @@ def test_saved_config_loads_to_the_same_run_from_any_folder(tmp_path: Path, monk
         ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
         ({"precision": "fp8"}, r"precision must be auto, fp32 or bf16, got 'fp8'"),
         ({"warmup": 1}, r"warmup must be in \[0, 1\), got 1.0"),
+        ({"value_range": 255}, r"value_range must be two numbers, got 255"),
+        ({"value_range": [0, "x"]}, r"value_range must be a number, got 'x'"),
+        ({"max_pixels": -1}, r"max_pixels must be zero or more, got -1"),
     ],
 )
 def test_wrong_values_are_named(values: dict, message: str) -> None:
@@ -72,3 +79,12 @@ def test_devices() -> None:
         resolve_device("gpu")
     with pytest.raises(ValueError, match="device cuda:99 is not there"):
         resolve_device("cuda:99")
+
+
+def test_the_range_of_the_images_reaches_their_reader(tmp_path: Path) -> None:
+    Image.fromarray(np.full((40, 40), 1000, np.uint16)).save(tmp_path / "dark.png")
+    config = TrainConfig.load(data=str(tmp_path), value_range=[0, 2000])
+    (image,) = build_dataset(config, StellarModel("tiny")).folder
+    assert np.unique(image).tolist() == [128]
+    with pytest.raises(ValueError, match=r"more than 1,599 pixels"):
+        build_dataset(TrainConfig(data=str(tmp_path), max_pixels=1599), StellarModel("tiny")).folder[0]

@@ -1,7 +1,11 @@
 import builtins
+import errno
 import io
 import json
+import os
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -84,6 +88,75 @@ def test_progress_without_a_terminal_prints_lines() -> None:
         "step 2  20 %  12.0 images/s  loss 1.5",
         "step 5: skipped, not finite: MSE",
     ]
+
+
+class Broken(io.StringIO):
+    """A stream whose reader, disk or terminal is gone."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error: Exception | None = error
+
+    def write(self, text: str) -> int:
+        raise self.error or AssertionError("written to again")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EIO, "Input/output error"),
+        ValueError("I/O operation on closed file"),
+    ],
+    ids=["reader", "disk", "terminal", "closed"],
+)
+def test_progress_that_cannot_be_printed_is_lost_and_nothing_else(
+    error: Exception, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # rich's answer to a reader that is gone, for standard output
+    uncaught: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", uncaught.append)
+    stream = Broken(error)
+    progress = RichProgress(Console(file=stream, force_terminal=terminal, width=80), every=1)
+    progress.log(record(1))
+    stream.error = None
+    progress.log(record(2))
+    progress.close()
+    assert uncaught == []
+
+
+def test_a_full_disk_leaves_whole_lines_and_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, room = tmp_path / "m.jsonl", 150
+    log = JsonLines(path, every=1)
+
+    class File(io.FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal room
+            count = super().write(data[: min(7, room)])  # part by part, as a disk may
+            room -= count
+            if not count:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return count
+
+    log._file = File(path, "ab")
+    log.log(record(1))
+    with pytest.raises(OSError, match=r"cannot write .*m\.jsonl: the disk is full, 0\.0 MiB are needed, .* are free"):
+        log.log(record(2))
+    assert [line["step"] for line in lines(path)] == [1]
+    room = 1000
+    log.close()  # the last record is tried again
+    assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+def test_tensorboard_takes_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9\nevents")
+    log = TensorBoard(folder, every=1)
+    log.log(record(1))
+    log.close()
+    (file,) = folder.iterdir()
+    assert b"loss" in file.read_bytes()
 
 
 def test_tensorboard_writes_scalars(tmp_path: Path) -> None:

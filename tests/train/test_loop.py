@@ -1,14 +1,19 @@
 import dataclasses
+import errno
+import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +21,10 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stellar_fast import StellarModel
+from stellar_fast.data import MultiViewDataset, TooManyUnreadable, loader
+from stellar_fast.data.loader import Key
 from stellar_fast.files import lock_folder
-from stellar_fast.train import NonFiniteLossError, TrainConfig, train
+from stellar_fast.train import NonFiniteLossError, RunEndedError, TrainConfig, loop, train
 from stellar_fast.train.build import build_dataset, build_model
 from stellar_fast.train.distributed import Ranks
 from stellar_fast.train.loop import _Trainer
@@ -74,8 +81,8 @@ def test_a_run_learns_and_leaves_its_files(config: TrainConfig) -> None:
     [
         ({}, signal.SIGINT),
         ({"workers": 2}, signal.SIGTERM),
-        ({"model": TEACHER, "accumulate": 3, "workers": 2}, signal.SIGINT),
-        ({"model": TEACHER, "precision": "bf16"}, signal.SIGTERM),
+        ({"model": TEACHER, "accumulate": 3, "workers": 2}, signal.SIGHUP),
+        ({"model": TEACHER, "precision": "bf16"}, signal.SIGUSR1),
     ],
     ids=["plain", "workers", "teacher-accumulate-workers", "teacher-bf16"],
 )
@@ -86,11 +93,12 @@ def test_an_interrupted_run_continues_bit_for_bit(
     whole = train(config)
     other = change(config, out=str(tmp_path / "other"))
     first = train(other, loggers=[SignalAt(2, number)])
-    assert first.step == 3  # the record of step 2 arrives while step 3 is under way, which is finished: in mid-epoch
+    # the record of step 2 arrives while step 3 is under way, which is finished: in mid-epoch
+    assert (first.step, first.signal) == (3, number)
     assert first.resume_command == f"stellar-fast train --config {other.out}/config.yaml --resume"
     torch.manual_seed(12345)  # whatever happens between must not matter
     second = train(TrainConfig.load(f"{other.out}/config.yaml", workers=2 - other.workers), resume=True)
-    assert second.step == whole.step == 7 and second.resume_command is None
+    assert second.step == whole.step == 7 and second.resume_command is second.signal is None
     assert numbers(other) == numbers(config)
     expected = whole.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
@@ -129,7 +137,7 @@ def test_a_folder_with_files_of_a_run_is_not_overwritten(config: TrainConfig) ->
     mine = Path(config.out) / "config.yaml"
     mine.parent.mkdir(parents=True)
     mine.write_text("# my notes")
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match=r"config\.yaml was not written by a run of stellar_fast"):
         train(config)
     assert mine.read_text() == "# my notes"
 
@@ -298,9 +306,228 @@ def test_two_processes_train_one_model(config: TrainConfig, tmp_path: Path) -> N
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr and "Warning" not in done.stderr
     first, second = ((tmp_path / f"config.yaml.{rank}").read_bytes() for rank in range(2))
     assert len(first) > 100_000 and first == second
     assert [record["step"] for record in numbers(config)] == [1, 2, 3]
+
+
+def test_a_signal_before_the_first_step_leaves_a_start(config: TrainConfig, tmp_path: Path) -> None:
+    whole = train(config)
+    other = change(config, out=str(tmp_path / "other"))
+
+    class Signals(MultiViewDataset):
+        def __getitem__(self, key: Key) -> dict:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(key)
+
+    views = build_dataset(config, build_model(config))
+    first = train(other, dataset=Signals(views.folder, views.transform, views.seed))
+    assert (first.step, first.signal, first.checkpoint.name) == (0, signal.SIGTERM, "step_00000000")
+    second = train(other, resume=True)
+    assert second.step == 7 and numbers(other) == numbers(config)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
+
+
+class Fails(MultiViewDataset):
+    """Views whose `at`-th batch of 4 raises an error, in whatever process reads it."""
+
+    def __init__(self, config: TrainConfig, at: int, error: Exception) -> None:
+        views = build_dataset(config, build_model(config))
+        super().__init__(views.folder, views.transform, views.seed)
+        self.count, self.at, self.error = 0, at, error
+
+    def __getitem__(self, key: Key) -> dict:
+        self.count += 1
+        if self.count > 4 * (self.at - 1):
+            raise self.error
+        return super().__getitem__(key)
+
+
+def fail_in_pass(model: StellarModel, at: int, error: Exception) -> None:
+    """Raise in the loss of the `at`-th pass, once the forward has drawn its masks and moved the teacher."""
+    whole, count = model.loss, iter(range(1, 1000))
+
+    def loss(predictions: dict):
+        if next(count) == at:
+            raise error
+        return whole(predictions)
+
+    model.loss = loss
+
+
+class FailsAt:
+    """A logger that fails at a step, and at its end."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def log(self, record: dict) -> None:
+        if record["step"] == self.step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "told", "steps"),
+    [
+        ("data", TooManyUnreadable("9 of 10 images are unreadable"), "9 of 10 images are unreadable", 2),
+        ("data", MemoryError(), "memory ran out: MemoryError", 2),
+        ("pass", MemoryError("no room"), "memory ran out: no room", 1),
+        ("pass", RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory ran out: DefaultCPU", 1),
+        ("pass", RuntimeError("a bug"), None, 1),
+        ("logger", None, r"\[Errno 28\] No space left on device", 3),
+    ],
+    ids=["images-gone", "memory-data", "memory", "memory-torch", "bug", "logger"],
+)
+def test_whatever_ends_a_run_the_steps_done_are_saved_and_go_on_bit_for_bit(
+    config: TrainConfig, tmp_path: Path, kind: str, error: Exception, told: str | None, steps: int
+) -> None:
+    config = change(config, accumulate=2, model=TEACHER, steps=4)
+    whole = train(config)
+    other = change(config, out=str(tmp_path / "other"))
+    torch.manual_seed(other.seed)
+    model, dataset = build_model(other), None
+    if kind == "data":
+        dataset = Fails(other, 6, error)  # the second pass of the third step
+    elif kind == "pass":
+        fail_in_pass(model, 4, error)  # the second pass of the second step
+    loggers = [FailsAt(2)] if kind == "logger" else []
+    checkpoint = Path(other.out) / "checkpoints" / f"step_{steps:08d}"
+    if told is None:
+        with pytest.warns(UserWarning, match=f"^checkpoint {checkpoint}"), pytest.raises(RuntimeError) as bug:
+            train(other, model=model)
+        assert bug.value is error
+    else:
+        with pytest.raises(RunEndedError, match=f"^{told}.*; checkpoint {checkpoint}$") as caught:
+            train(other, model=model, dataset=dataset, loggers=loggers)
+        assert caught.value.checkpoint == checkpoint
+    second = train(other, resume=True)
+    assert second.step == 4 and numbers(other) == numbers(config)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in second.model.state_dict().items())
+
+
+def test_input_that_no_step_can_be_made_of_is_an_error_of_the_start(config: TrainConfig) -> None:
+    with pytest.raises(TooManyUnreadable, match=r"^none is left$"):
+        train(config, dataset=Fails(config, 1, TooManyUnreadable("none is left")))
+    assert not list(Path(config.out, "checkpoints").iterdir())
+
+
+def test_a_failed_save_ends_the_run_and_hides_no_other_error(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = change(config, save_every=2)
+    whole, save = train(change(config, out=f"{config.out}-whole")), loop.save_checkpoint
+
+    def full(root: Path, step: int, *arguments: Any) -> Path:
+        if step > 2:
+            raise OSError(f"cannot write {root}/step {step}: the disk is full, 5 MiB are needed, 1 MiB are free")
+        return save(root, step, *arguments)
+
+    monkeypatch.setattr(loop, "save_checkpoint", full)
+    good = Path(config.out) / "checkpoints" / "step_00000002"
+    with pytest.raises(RunEndedError, match=rf"^cannot write .*step 4: the disk is full, .* free; checkpoint {good}$"):
+        train(config)
+    with pytest.raises(RunEndedError, match=rf"^gone; cannot write .*step 3: the disk is full, .*; checkpoint {good}$"):
+        train(config, resume=True, dataset=Fails(config, 2, TooManyUnreadable("gone")))
+    monkeypatch.undo()
+    expected = whole.model.state_dict()
+    resumed = train(config, resume=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.model.state_dict().items())
+    assert [r["step"] for r in numbers(config)] == list(range(1, 8))
+
+
+def test_a_lost_worker_ends_the_run_with_a_checkpoint(config: TrainConfig) -> None:
+    class KillsWorker:
+        def log(self, record: dict) -> None:
+            if record["step"] == 2:
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+
+        def close(self) -> None:
+            pass
+
+    told = r"ended by SIGKILL, as the system does where memory runs out: use --workers 0; checkpoint .*/step_"
+    with pytest.raises(RunEndedError, match=told) as e:
+        train(change(config, workers=1, steps=1000), loggers=[KillsWorker()])
+    assert e.value.checkpoint is not None and e.value.checkpoint.is_dir()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_signal_does_not_wait_for_data(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker never answers again: neither the checkpoint nor the end wait for it."""
+
+    class Sleeps(Fails):
+        def __getitem__(self, key: Key) -> dict:
+            try:
+                return super().__getitem__(key)
+            except TooManyUnreadable:
+                threading.Event().wait()
+                raise
+
+    monkeypatch.setattr(loader.EndlessBatches.close, "__defaults__", (0.2,))
+    threading.Timer(3.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    dataset = Sleeps(config, 3, TooManyUnreadable("asleep"))
+    result = train(change(config, workers=1), dataset=dataset)
+    assert (result.step, result.signal) == (2, signal.SIGTERM) and result.checkpoint.is_dir()
+    assert multiprocessing.active_children() == []
+
+
+def test_names_are_bytes(config: TrainConfig, photos: Path, tmp_path: Path) -> None:
+    data, out = (tmp_path / os.fsdecode(name) for name in (b"photos\xe9\n", b"it's\xe9\nruns"))
+    shutil.copytree(photos, data)
+    for path in data.iterdir():
+        path.rename(data / os.fsdecode(b"caf\xe9\n" + os.fsencode(path.name)))
+    config = change(config, data=str(data), out=str(out), workers=2, tensorboard=True)
+    first = train(config, loggers=[SignalAt(2, signal.SIGTERM)])
+    assert first.resume_command is not None and first.resume_command.isprintable()
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {first.resume_command}"], capture_output=True).stdout
+    assert [os.fsdecode(word) for word in words.split(b"\0")[:-1]] == [
+        *("stellar-fast", "train", "--config", str(out / "config.yaml"), "--resume")
+    ]
+    assert TrainConfig.load(out / "config.yaml") == config
+    second = train(TrainConfig.load(out / "config.yaml"), resume=True)
+    assert second.step == 7 and [record["step"] for record in numbers(config)] == list(range(1, 8))
+    meta = json.loads((second.checkpoint / "meta.json").read_text())
+    assert os.fsencode(meta["run"]["config"]["data"]) == os.fsencode(data)
+    names = sorted(b"caf\xe9\n%d.png" % i for i in range(10))
+    assert meta["run"]["identity"]["image_names"] == hashlib.sha256(b"\n".join(names)).hexdigest()[:16]
+    assert len(list((out / "tensorboard").iterdir())) == 2
+    again = change(config, out=str(tmp_path / "again"), weights=str(out), steps=1)
+    assert train(again).step == 1
+    with pytest.raises(ValueError, match=r"it's\\xe9\\nruns already holds a run"):
+        train(config)
+
+
+def test_names_of_images_are_looked_at_once_a_run(config: TrainConfig, photos: Path) -> None:
+    views, count = build_dataset(config, build_model(config)), 0
+
+    class Folder:
+        def __len__(self) -> int:
+            return len(views.folder)
+
+        def __getitem__(self, index: int) -> Any:
+            return views.folder[index]
+
+        @property
+        def paths(self) -> list[Path]:
+            nonlocal count
+            count += 1
+            return sorted(photos.iterdir())
+
+    dataset = MultiViewDataset(Folder(), views.transform, views.seed)
+    result = train(change(config, save_every=1, steps=3), dataset=dataset)
+    assert count == 1
+    names = "\n".join(f"{i}.png" for i in range(10))
+    identity = json.loads((result.checkpoint / "meta.json").read_text())["run"]["identity"]
+    assert identity["image_names"] == hashlib.sha256(names.encode()).hexdigest()[:16]  # as the previous release
+    Folder.fingerprint = "0123456789abcdef"
+    train(change(config, out=f"{config.out}2", steps=1), dataset=dataset)
+    assert count == 1
 
 
 class HostReads(TorchDispatchMode):
@@ -337,6 +564,7 @@ def test_a_step_waits_for_nothing(config: TrainConfig, monkeypatch: pytest.Monke
     for op in ("packed_patch_embed", "prototype_cross_entropy", "token_attention"):
         door = importlib.import_module(f"stellar_fast.ops.{op}")  # the package's attribute is the function
         monkeypatch.setattr(door, "values_are_checked", lambda tensor: False)
+    monkeypatch.setattr(importlib.import_module("stellar_fast.ops.sinkhorn"), "has_values", lambda tensor: False)
     config = change(config, accumulate=2, model=TEACHER | {"color_augmentation": False})
     model = build_model(config)
     trainer = _Trainer(config, model, build_dataset(config, model), torch.device("cpu"), Ranks())
