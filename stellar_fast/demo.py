@@ -4,21 +4,22 @@ The photos come inside scikit-image and scikit-learn (extra: photos).
 """
 
 import io
+import os
 import random
-import shutil
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from stellar_fast.commands.console import console, tell
 from stellar_fast.data import MultiViewTransform
 from stellar_fast.data.transform import centre_square, random_box
-from stellar_fast.files import write_atomically
+from stellar_fast.files import MARK, TEMPORARY, check_writable, is_ours, lock_folder, shown, write_atomically
 from stellar_fast.models import StellarModel
 from stellar_fast.ops.crop_resize import crop_resize
 from stellar_fast.train import RichProgress, TrainConfig, TrainResult, train
@@ -30,6 +31,12 @@ CROP_SIDE = 160  # pixels of a crop's short side: twice what the views need, and
 STEPS = 480  # 100 s on two fast cores; a slower machine is ended by the clock, with its learning rate at zero by then
 WIN_SHARE = 0.02
 MARKER = ".stellar_fast_demo"
+_WRITTEN = re.compile(
+    rf"{re.escape(MARKER)}|loss_curve\.png|reconstructions\.png|tokens/\w+\.png|photos/\w+/\d\d\.jpg"
+    rf"|weights/(config\.json|model\.safetensors|README\.md)|run/(config\.yaml|metrics\.jsonl|checkpoints/.*|\.lock)"
+    rf"|(.*/)?{re.escape(TEMPORARY)}.*",
+    re.DOTALL,
+)
 FINE_SIDE = 256  # pixels; pictures are drawn at this size too
 
 
@@ -43,6 +50,7 @@ class Result:
     tokens_winning: list[int]  # tokens that win 2 % of a photo's patches or more
     tokens_winning_overall: int  # likewise of all photos' patches together
     peak: float  # mean over tokens of the largest share of a patch
+    signal: int | None = None  # the number of the one that ended the training early
 
 
 def demo(out: Path, seconds: int = 150, seed: int = 0) -> Result:
@@ -58,15 +66,22 @@ def demo(out: Path, seconds: int = 150, seed: int = 0) -> Result:
         The result of the trained model.
 
     Raises:
-        ValueError: less than a second, or a folder that holds something else.
+        ValueError: less than a second, a folder that holds something else, or one where nothing can be written.
     """
     if seconds < 1:
         raise ValueError(f"seconds must be at least 1 but is {seconds}")
-    console = Console()
-    train_photos, held_out = bundled_photos()
-    _make_room(out)
+    check_writable(out)
+    out = Path(os.path.realpath(out))
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out):
+        train_photos, held_out = bundled_photos()
+        _make_room(out)
+        return _run(out, train_photos, held_out, seconds, seed)
+
+
+def _run(out: Path, train_photos: dict[str, Pixels], held_out: dict[str, Pixels], seconds: int, seed: int) -> Result:
     write_crops(train_photos, out / "photos", seed)
-    console.print(
+    tell(
         f"{len(train_photos)} photos to learn from ({', '.join(train_photos)}), "
         f"{len(held_out)} held out ({', '.join(held_out)})"
     )
@@ -91,8 +106,8 @@ def demo(out: Path, seconds: int = 150, seed: int = 0) -> Result:
     model.save_pretrained(out / "weights")
     draw(model, result, held_out, out)
     console.print(closing_table(before, after, result, held_out))
-    console.print(f"pictures and weights are in {out}: loss_curve.png, reconstructions.png, tokens/, weights/")
-    return after
+    tell(f"pictures and weights are in {shown(out)}: loss_curve.png, reconstructions.png, tokens/, weights/")
+    return replace(after, signal=result.signal)
 
 
 def bundled_photos() -> tuple[dict[str, Pixels], dict[str, Pixels]]:
@@ -178,7 +193,8 @@ def mean_colour_psnr(photos: dict[str, Pixels], side: int) -> list[float]:
 def draw(model: StellarModel, result: TrainResult, photos: dict[str, Pixels], out: Path) -> None:
     """Write loss_curve.png, reconstructions.png, and a panel of token maps for each photo."""
     model.eval()
-    loss_curve(result, out / "loss_curve.png")
+    if result.history:  # a signal may have come before the first step
+        loss_curve(result, out / "loss_curve.png")
     tokens, side = model.encoder.num_sparse_tokens, model.encoder.config.image_size
     rows = []
     # positions resize and tokens do not care: the model also works on a finer grid than it was trained on
@@ -232,7 +248,7 @@ def loss_curve(result: TrainResult, path: Path) -> None:
         axis.set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
+    save_image(path, Image.open(buffer))
 
 
 def closing_table(before: Result, after: Result, result: TrainResult, photos: dict[str, Pixels]) -> Table:
@@ -255,11 +271,20 @@ def closing_table(before: Result, after: Result, result: TrainResult, photos: di
 
 
 def _make_room(out: Path) -> None:
-    """Remove an earlier demo's folder, which its marker file tells; any other folder that is not empty is refused."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file, not a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / MARKER).is_file():
-            raise ValueError(f"{out} holds files that no demo wrote: name another --out")
-        shutil.rmtree(out)
-    write_atomically(out / MARKER, b"This folder is replaced by the next demo.\n")
+    """Remove what an earlier demo, which its marker file tells, wrote there; a folder that holds more is refused."""
+    folders, files = [], []
+    for folder, inner, names in os.walk(out):
+        links = [name for name in inner if Path(folder, name).is_symlink()]
+        folders += [Path(folder, name) for name in inner]
+        files += [Path(folder, name) for name in (*names, *links)]
+    marker = out / MARKER
+    ours = marker.is_file() and is_ours(marker)
+    for path in files:
+        if not ours or path.is_symlink() or not _WRITTEN.fullmatch(path.relative_to(out).as_posix()):
+            raise ValueError(f"{shown(out)} holds {shown(path)}, which no demo wrote: name another --out")
+    for path in files:
+        if path != marker:  # it goes last, so that this can be done again where it is interrupted
+            path.unlink()
+    for path in reversed(folders):
+        path.rmdir()
+    write_atomically(marker, f"{MARK}: the next demo takes the place of what is here.\n".encode())

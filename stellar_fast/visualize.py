@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from stellar_fast.files import write_atomically
+from stellar_fast.files import PICTURE, check_output, mark, printable, write_atomically
 
 Pixels = NDArray[np.uint8]
 Grid = tuple[int, int]
@@ -28,9 +28,11 @@ _GAP = 10
 
 
 def to_pixels(image: Tensor) -> Pixels:
-    """A (3, H, W) tensor, uint8 or floating point in [0, 1], as an (H, W, 3) array."""
+    """A (3, H, W) tensor, uint8 or floating point in [0, 1], as an (H, W, 3) array; ValueError where not finite."""
     image = image.detach().cpu()
     if image.dtype != torch.uint8:
+        if not image.isfinite().all():
+            raise ValueError(f"{int((~image.isfinite()).sum())} of {image.numel()} values of an image are not finite")
         image = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return image.permute(1, 2, 0).contiguous().numpy()
 
@@ -225,16 +227,22 @@ def panel(
     return grid_figure([first, *token_rows(maps, 2 * len(first))], width, title, swatches)  # type: ignore[arg-type]
 
 
-def save_panel(path: str | Path, *args, **kwargs) -> Path:
-    """Draw a `panel` and write it as a PNG that appears whole. Returns the path."""
-    return save_image(path, panel(*args, **kwargs))
+def save_panel(path: str | Path, *args, kind: str = PICTURE, overwrite: bool = False, **kwargs) -> Path:
+    """Draw a `panel` and write it as `save_image` does. Returns the path."""
+    return save_image(path, panel(*args, **kwargs), kind=kind, overwrite=overwrite)
 
 
-def save_image(path: str | Path, image: Image.Image | Pixels) -> Path:
-    """Write a PNG that appears whole; missing folders are made. Returns the path."""
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
+def save_image(path: str | Path, image: Image.Image | Pixels, *, kind: str = PICTURE, overwrite: bool = False) -> Path:
+    """Write a PNG that appears whole; missing folders are made. Returns the path.
+
+    Raises:
+        ValueError: a file is there that is not of this package and kind, and `overwrite` is not set.
+    """
+    about, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    about.add_text("Software", mark(kind))
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.save(buffer, format="PNG", pnginfo=about)
+    write_atomically(check_output(path, kind=kind, overwrite=overwrite), buffer.getvalue())
     return Path(path)
 
 
@@ -243,6 +251,9 @@ def _check_grid(features: Tensor, grid: Grid) -> None:
         raise ValueError(
             f"features of shape {tuple(features.shape)} are not (P, ...) with P = {grid[0]} x {grid[1]} patches"
         )
+    finite = features.isfinite().all(dim=1)
+    if not finite.all():
+        raise ValueError(f"features of {int((~finite).sum())} of {len(finite)} patches are not finite")
 
 
 def _upsample(maps: Tensor, grid: Grid, shape: Sequence[int]) -> NDArray[np.float32]:
@@ -270,7 +281,8 @@ def _uint8(values: NDArray) -> Pixels:
 
 
 def _fit(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """The text, cut with an ellipsis to the width in pixels."""
+    """The text on one line, cut with an ellipsis to the width in pixels."""
+    text = printable(text)
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(text + "...", font) > width:

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,41 @@ def test_panel_shows_everything(tmp_path: Path, image: np.ndarray, spatial: torc
 def test_a_grid_that_does_not_fit_is_named(image: np.ndarray, spatial: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"\(24, 4\) are not \(P, ...\) with P = 4 x 4"):
         vis.panel(image, spatial, torch.randn(24, 8), (4, 4))
+
+
+def test_a_picture_says_what_it_is_and_replaces_its_kind_alone(tmp_path: Path, image: np.ndarray) -> None:
+    path = vis.save_image(tmp_path / "new" / "a.png", image)
+    with Image.open(path) as picture:
+        assert picture.info["Software"] == "a picture written by stellar_fast"
+        np.testing.assert_array_equal(np.asarray(picture), image)
+    assert b"written by stellar_fast" in path.read_bytes()[:100]  # also where a large picture follows
+    link = tmp_path / "link.png"
+    link.symlink_to(path)
+    assert vis.save_image(link, 255 - image) == link and link.is_symlink()
+    with Image.open(path) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), 255 - image)
+    Image.fromarray(image).save(path)  # a photo, from here on
+    photo = path.read_bytes()
+    with pytest.raises(ValueError, match="exists and was not written by stellar_fast as a picture: "):
+        vis.save_image(path, image)
+    assert path.read_bytes() == photo
+    vis.save_image(path, image, overwrite=True)
+    assert path.read_bytes() != photo
+
+
+def test_a_title_of_any_bytes_is_one_line(image: np.ndarray) -> None:
+    name = os.fsdecode(b"two\nlines \xe9\x1b.png")
+    titles = [np.asarray(vis.grid_figure([[(image, text)]], 300, text)) for text in (name, r"two\nlines \xe9\x1b.png")]
+    np.testing.assert_array_equal(*titles)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(image: np.ndarray, spatial: torch.Tensor, value: float) -> None:
+    with pytest.raises(ValueError, match="1 of 12 values of an image are not finite"):
+        vis.to_pixels(torch.tensor([value] + [0.5] * 11).view(3, 2, 2))
+    dense = torch.ones(24, 8)
+    dense[3:5, 1] = value
+    with pytest.raises(ValueError, match="features of 2 of 24 patches are not finite"):
+        vis.panel(image, spatial, dense, GRID)
+    with pytest.raises(ValueError, match="features of 2 of 24 patches are not finite"):
+        vis.panel(image, dense[:, :4], torch.ones(24, 8), GRID)

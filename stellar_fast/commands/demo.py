@@ -19,4 +19,8 @@ def demo(
     """
     from stellar_fast.demo import demo as run
 
-    run(out=Path(out), seconds=seconds, seed=seed)
+    if not out:
+        raise ValueError("out is empty: name a folder")
+    result = run(out=Path(out), seconds=seconds, seed=seed)
+    if result.signal:
+        raise SystemExit(128 + result.signal)

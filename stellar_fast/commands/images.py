@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from stellar_fast.commands.console import console
-from stellar_fast.commands.inputs import batches, find, load, load_full, pictures
-from stellar_fast.files import null_if_not_finite, write_atomically
+from stellar_fast.commands import outputs
+from stellar_fast.commands.console import console, say, tell, text
+from stellar_fast.commands.inputs import batches, find, load, load_full, relative_name
+from stellar_fast.commands.work import Work, keeping
+from stellar_fast.files import check_output, mark, null_if_not_finite, shown, write_atomically
 
 if TYPE_CHECKING:
     import torch
 
     from stellar_fast import StellarEncoder, StellarModel, StellarOutput
+    from stellar_fast.fidelity import Fidelity
 
 Images = Annotated[str, typer.Option(help="Folder of images (nested folders included), or one image.")]
 Weights = Annotated[
@@ -31,10 +36,20 @@ VQModel = Annotated[str, typer.Option(help="MaskGIT-VQGAN weights, for models th
 Size = Annotated[int, typer.Option(help="Side of the square crop in pixels; 0: the model's.")]
 Batch = Annotated[int, typer.Option(help="Images in one pass.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Skip = Annotated[int, typer.Option(help="Leave out so many images at the beginning.")]
 Limit = Annotated[int, typer.Option(help="Stop after so many images; 0: all.")]
+ValueRange = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LO HI", help="Numbers in the files that are black and white; not given: found for each (docs/data.md)."
+    ),
+]
+MaxPixels = Annotated[int, typer.Option(help="Pixels that an image may have; 0: what Pillow allows.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that this program did not write, too.")]
 
 
 def encode(
+    context: typer.Context,
     images: Images,
     weights: Weights,
     out: Annotated[str, typer.Option(help="File to write: sparse, spatial, cls; file names as JSON in its metadata.")],
@@ -42,35 +57,57 @@ def encode(
     size: Size = 0,
     batch_size: Batch = 32,
     device: Device = "auto",
+    skip: Skip = 0,
     limit: Limit = 0,
+    value_range: ValueRange = None,
+    max_pixels: MaxPixels = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Encode images to one safetensors file.
 
     Holds sparse (N, K, D), spatial (N, P, K) and cls (N, 1, D), float32, and the metadata `names`.
 
+    Ctrl-C writes what is done, and prints the line that goes on.
+
     Example: [cyan]stellar-fast encode --images photos --weights runs/first --out features.safetensors[/]
     """
-    import torch
-    from safetensors.torch import save
+    paths = find(images, skip, limit)
+    names = [relative_name(path, images) for path in paths]
+    outputs.check_names(names)
 
-    target = Path(out)
-    if target.is_dir():
-        raise ValueError(f"out {out} is a folder: name a file in it")
-    paths = find(images, limit)
+    def target() -> Path:
+        inputs = chain(paths, outputs.weights_files(weights))
+        return check_output(out, kind=outputs.FEATURES, overwrite=overwrite, inputs=inputs)
+
+    features = outputs.Features(len(paths), target().parent)
     encoder = load(weights, model, device)
-    names: list[str] = []
-    parts: dict[str, list[torch.Tensor]] = {"sparse": [], "spatial": [], "cls": []}
-    for batch_names, batch in batches(paths, images, size or encoder.config.image_size, batch_size):
-        features = _features(encoder, batch)
-        names += batch_names
-        for name, tensors in parts.items():
-            tensors.append(features[name].float().cpu())
-    metadata = {"names": json.dumps(names), "weights": weights}
-    write_atomically(target, save({name: torch.cat(tensors) for name, tensors in parts.items()}, metadata))
-    console.print(f"{len(names)} images in {target}", soft_wrap=True, highlight=False)
+
+    def write(work: Work) -> None:
+        place, reason = out, ""
+        try:
+            file = target()
+        except ValueError as error:  # somebody took the name meanwhile
+            reason = str(error)
+        else:
+            if work.done < len(names) and file.exists():
+                reason = f"{shown(out)} holds earlier features, which a part does not replace"
+        if reason:
+            place = f"{out}.{os.getpid()}"
+            file = Path(place)
+            say("[yellow]warning:[/]", f"{reason}; the features go to {shown(place)}")
+        features.write(file, {"weights": shown(weights), "images": f"{work.done} of {len(names)}"})
+        tell(f"{len(features.names)} images in {shown(place)}")
+
+    with keeping(context, names, write) as work:
+        for found, batch in batches(
+            paths, images, size or encoder.config.image_size, batch_size, work, value_range, max_pixels
+        ):
+            features.add(found, _features(encoder, found, batch))
+            work.finished(found[-1])
 
 
 def reconstruct(
+    context: typer.Context,
     images: Images,
     weights: Weights,
     out: Annotated[str, typer.Option(help="Folder for the pictures and metrics.json.")],
@@ -87,52 +124,65 @@ def reconstruct(
     size: Size = 0,
     batch_size: Batch = 32,
     device: Device = "auto",
+    skip: Skip = 0,
     limit: Limit = 0,
+    value_range: ValueRange = None,
+    max_pixels: MaxPixels = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Reconstruct images from their sparse tokens, show where that errs and what each token adds, and measure it.
 
-    metrics.json holds PSNR and SSIM, the means and those of every image, and the PSNR without each token.
+    The picture of photo.jpg is photo.jpg.png. metrics.json holds PSNR and SSIM, the means and those of every image, and
+    the PSNR without each token.
+
+    Ctrl-C measures what is done, and prints the line that goes on.
 
     Example: [cyan]stellar-fast reconstruct --images photos --weights runs/first --out reconstructions[/]
     """
     import numpy as np
 
-    from stellar_fast.fidelity import Fidelity, error_map, fidelity, fidelity_panel
+    from stellar_fast.fidelity import error_map, fidelity, fidelity_panel
     from stellar_fast.visualize import save_image, to_pixels
 
-    paths = find(images, limit)
-    targets = pictures(paths, images, out)
+    paths = find(images, skip, limit)
+    names = [relative_name(path, images) for path in paths]
+    targets = outputs.pictures(paths, names, images, out, outputs.RECONSTRUCTION, overwrite)
+    record = check_output(Path(out, outputs.RECORD), kind=outputs.FIDELITY, overwrite=overwrite, inputs=paths)
     stellar = load_full(weights, model, vq_model, device)
     found: dict[str, Fidelity] = {}
-    for names, batch in batches(paths, images, size or stellar.encoder.config.image_size, batch_size):
-        batch = _whole_patches(stellar.encoder, batch)
-        features = _features(stellar.encoder, batch)
-        for i, (name, result) in enumerate(zip(names, _decode(stellar, features, features.grid), strict=True)):
-            original, rebuilt = to_pixels(_fit(batch[i], result)), to_pixels(result)
-            without = [to_pixels(x) for x in _without_each(stellar, features, i, batch_size)] if tokens else []
-            found[name] = fidelity(original, rebuilt, without)
-            if tokens:
-                save_image(targets[name], fidelity_panel(original, rebuilt, without, found[name], title=name))
-            else:
-                strip = (original, rebuilt, error_map(original, rebuilt))
-                save_image(targets[name], np.concatenate(strip, axis=1))
-    table = Table("image", "PSNR (dB)", "SSIM")
-    for name, values in found.items():
-        table.add_row(escape(name), f"{values.psnr_db:.2f}", f"{values.ssim:.4f}")
-    console.print(table)
-    psnr_db = sum(values.psnr_db for values in found.values()) / len(found)
-    ssim = sum(values.ssim for values in found.values()) / len(found)
-    record = {
-        "weights": weights,
-        "mean": {"psnr_db": psnr_db, "ssim": ssim},
-        "images": [{"name": name, **asdict(values)} for name, values in found.items()],
-    }
-    text = json.dumps(null_if_not_finite(record), indent=1)
-    write_atomically(Path(out) / "metrics.json", text.encode())
-    console.print(f"mean PSNR {psnr_db:.2f} dB, SSIM {ssim:.4f}, {len(found)} pictures in {out}", soft_wrap=True)
+
+    def write(work: Work) -> None:
+        place = record
+        if work.done < len(names) and record.exists():
+            place = record.with_name(f"{record.name}.{os.getpid()}")
+            said = f"{shown(record)} holds earlier measurements, which a part does not replace"
+            say("[yellow]warning:[/]", f"{said}; these go to {shown(place)}")
+        _write_fidelity(place, weights, found, len(names))
+        tell(f"{len(found)} pictures in {shown(out)}")
+
+    with outputs.hold(out), keeping(context, names, write) as work:
+        for some, batch in batches(
+            paths, images, size or stellar.encoder.config.image_size, batch_size, work, value_range, max_pixels
+        ):
+            batch = _whole_patches(stellar.encoder, batch)
+            features = _features(stellar.encoder, some, batch)
+            for i, (name, result) in enumerate(zip(some, _decode(stellar, some, features, features.grid), strict=True)):
+                original, rebuilt = to_pixels(_fit(batch[i], result)), to_pixels(result)
+                parts = _without_each(stellar, name, features, i, batch_size) if tokens else ()
+                without = [to_pixels(part) for part in parts]
+                measured = fidelity(original, rebuilt, without)
+                picture: Any = np.concatenate((original, rebuilt, error_map(original, rebuilt)), axis=1)
+                if tokens:
+                    picture = fidelity_panel(original, rebuilt, without, measured, title=shown(name))
+                save_image(targets[name], picture, kind=outputs.RECONSTRUCTION, overwrite=overwrite)
+                found[name] = measured
+                work.finished(name)
+                if work.stopping:
+                    break
 
 
 def visualize(
+    context: typer.Context,
     images: Images,
     weights: Weights,
     out: Annotated[str, typer.Option(help="Folder for the pictures, one PNG for each image.")],
@@ -142,35 +192,71 @@ def visualize(
     size: Size = 0,
     batch_size: Batch = 8,
     device: Device = "auto",
+    skip: Skip = 0,
     limit: Limit = 0,
+    value_range: ValueRange = None,
+    max_pixels: MaxPixels = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw what each token looks at: maps over the photo, hard segmentation, principal components.
+
+    The picture of photo.jpg is photo.jpg.png. Ctrl-C prints the line that goes on.
 
     Example: [cyan]stellar-fast visualize --images photos --weights runs/first --out pictures[/]
     """
     from stellar_fast.visualize import save_panel, to_pixels
 
-    paths = find(images, limit)
-    targets = pictures(paths, images, out)
+    paths = find(images, skip, limit)
+    names = [relative_name(path, images) for path in paths]
+    targets = outputs.pictures(paths, names, images, out, outputs.TOKENS, overwrite)
     stellar = load_full(weights, model, vq_model, device) if reconstruction else None
     encoder = stellar.encoder if stellar else load(weights, model, device)
-    count = 0
-    for names, batch in batches(paths, images, size or encoder.config.image_size, batch_size):
-        batch = _whole_patches(encoder, batch)
-        features = _features(encoder, batch)
-        results = _decode(stellar, features, features.grid) if stellar else batch
-        for i, name in enumerate(names):
-            save_panel(
-                targets[name],
-                to_pixels(batch[i]),
-                features["spatial"][i],
-                features["dense"][i],
-                encoder.grid(batch),
-                title=name,
-                reconstruction=to_pixels(results[i]) if stellar else None,
-            )
-        count += len(names)
-    console.print(f"{count} pictures in {out}", soft_wrap=True, highlight=False)
+    drawn: list[str] = []
+
+    def write(work: Work) -> None:
+        tell(f"{len(drawn)} pictures in {shown(out)}")
+
+    with outputs.hold(out), keeping(context, names, write, rest_elsewhere=False) as work:
+        for some, batch in batches(
+            paths, images, size or encoder.config.image_size, batch_size, work, value_range, max_pixels
+        ):
+            batch = _whole_patches(encoder, batch)
+            features = _features(encoder, some, batch)
+            results = _decode(stellar, some, features, features.grid) if stellar else batch
+            for i, name in enumerate(some):
+                save_panel(
+                    targets[name],
+                    to_pixels(batch[i]),
+                    features["spatial"][i],
+                    features["dense"][i],
+                    encoder.grid(batch),
+                    title=shown(name),
+                    reconstruction=to_pixels(results[i]) if stellar else None,
+                    kind=outputs.TOKENS,
+                    overwrite=overwrite,
+                )
+                drawn.append(name)
+                work.finished(name)
+                if work.stopping:
+                    break
+
+
+def _write_fidelity(path: Path, weights: str, found: Mapping[str, Fidelity], of: int) -> None:
+    """Write the record, then print it; `of` so many images."""
+    mean = {name: sum(getattr(values, name) for values in found.values()) / len(found) for name in ("psnr_db", "ssim")}
+    record = {
+        "about": mark(outputs.FIDELITY),
+        "weights": weights,
+        "of": of,
+        "mean": mean,
+        "images": [{"name": name, **asdict(values)} for name, values in found.items()],
+    }
+    write_atomically(path, json.dumps(null_if_not_finite(record), indent=1).encode())
+    table = Table("image", "PSNR (dB)", "SSIM")
+    for name, values in found.items():
+        table.add_row(text(shown(name)), f"{values.psnr_db:.2f}", f"{values.ssim:.4f}")
+    console.print(table)
+    tell(f"mean PSNR {mean['psnr_db']:.2f} dB, SSIM {mean['ssim']:.4f}")
 
 
 def _device(module: torch.nn.Module) -> torch.device:
@@ -183,34 +269,48 @@ def _whole_patches(encoder: StellarEncoder, images: torch.Tensor) -> torch.Tenso
     return images[..., : height * patch, : width * patch] if height and width else images
 
 
-def _features(encoder: StellarEncoder, images: torch.Tensor) -> Any:
+def _features(encoder: StellarEncoder, names: list[str], images: torch.Tensor) -> Any:
+    """Of images of these names. Raises ValueError where they are not finite."""
     import torch
 
     device = _device(encoder)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-        return encoder(images.to(device))
+        features = encoder(images.to(device))
+    _check_finite("the features", names, *(features[name] for name in ("sparse", "spatial", "cls", "dense")))
+    return features
 
 
-def _decode(model: StellarModel, features: Any, grid: tuple[int, int]) -> torch.Tensor:
+def _decode(model: StellarModel, names: list[str], features: Any, grid: tuple[int, int]) -> torch.Tensor:
+    """Of images of these names. Raises ValueError where the pictures are not finite."""
     import torch
 
     device = _device(model)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-        return model.reconstruct(features, grid=grid)["reconstruction"].float().cpu()
+        pictures = model.reconstruct(features, grid=grid)["reconstruction"].float().cpu()
+    _check_finite("the reconstructions", names, pictures)
+    return pictures
 
 
-def _without_each(model: StellarModel, features: StellarOutput, image: int, at_once: int) -> torch.Tensor:
+def _check_finite(what: str, names: list[str], *tensors: torch.Tensor) -> None:
+    good = [all(parts) for parts in zip(*(x.isfinite().flatten(1).all(1).tolist() for x in tensors), strict=True)]
+    bad = list(dict.fromkeys(name for name, is_good in zip(names, good, strict=True) if not is_good))
+    if bad:
+        listed = ", ".join(map(shown, bad[:5])) + (", ..." if len(bad) > 5 else "")
+        raise ValueError(f"{what} of {len(bad)} of {len(set(names))} images at hand are not finite: {listed}")
+
+
+def _without_each(model: StellarModel, name: str, features: StellarOutput, image: int, at_once: int) -> torch.Tensor:
     """(K, 3, H, W): one image without token 0, 1, ..., decoded `at_once` or fewer in a pass."""
     import torch
 
     from stellar_fast import drop_tokens
 
-    latent = [features[name][image] for name in ("sparse", "spatial")]
+    latent = [features[part][image] for part in ("sparse", "spatial")]
     results = []
     for dropped in torch.eye(features.sparse.shape[1], dtype=torch.bool).split(at_once):
         sparse, spatial = (part.expand(len(dropped), -1, -1) for part in latent)
         edited = drop_tokens({"sparse": sparse, "spatial": spatial}, dropped)
-        results.append(_decode(model, edited, features.grid))
+        results.append(_decode(model, [name] * len(dropped), edited, features.grid))
     return torch.cat(results)
 
 

@@ -8,10 +8,9 @@ import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
-from stellar_fast.commands.console import console
+from stellar_fast.commands.console import console, end_printed, sentence, tell, text
 
 if TYPE_CHECKING:
     from stellar_fast.backend import Row
@@ -37,9 +36,8 @@ def info() -> None:
     )
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
-        facts.add_row(
-            f"cuda:{i}", f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB"
-        )
+        size = f"{device.total_memory / 2**30:.0f} GiB"
+        facts.add_row(f"cuda:{i}", text(f"{device.name}, sm_{device.major}{device.minor}, {size}"))
     if not torch.cuda.is_available():
         facts.add_row("cuda", "no device")
     console.print(facts)
@@ -47,22 +45,23 @@ def info() -> None:
     build = _facts("Native module stellar_fast._C")
     if native.available():
         for name, value in native.build_info().items():
-            build.add_row(name, escape(str(value)))
-        build.add_row("openmp loaded", ", ".join(native.openmp_libraries()) or "unknown")
+            build.add_row(name, text(value))
+        build.add_row("openmp loaded", text(", ".join(native.openmp_libraries()) or "unknown"))
     else:
-        build.add_row("not available", escape(native.reason()))
+        build.add_row("not available", sentence(native.reason()))
     console.print(build)
 
     machine = Table("backend", "", "why not", title="Backends on this machine", title_justify="left")
     for name in backend.BACKENDS:
         reason = backend.why_not(name)
-        machine.add_row(name, "[red]no[/]" if reason else "[green]yes[/]", escape(reason))
+        machine.add_row(name, "[red]no[/]" if reason else "[green]yes[/]", sentence(reason))
     console.print(machine)
     console.print(_launch_knobs())
     table, notes = _operators(backend.describe())
     console.print(table)
     for number, reason in enumerate(notes, start=1):
-        console.print(f"  ({number}) {escape(reason)}", soft_wrap=True, highlight=False)
+        tell(f"  ({number}) {reason}")
+    end_printed()
 
 
 def _launch_knobs() -> Table:
@@ -72,8 +71,9 @@ def _launch_knobs() -> Table:
     from stellar_fast import backend
     from stellar_fast.tune import lookup
 
-    table = Table("device", "tuned here", "committed", "else", title="Launch knobs, entries in use of those kept")
-    table.title_justify = "left"
+    table = Table(title="Launch knobs, entries in use of those kept", title_justify="left")
+    for header in ("device", "tuned here", "committed", "else"):
+        table.add_column(header, overflow="fold")
     mode = os.environ.get(lookup.VARIABLE) or "cache"
     for device in [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]:
         name = lookup.device_name(device)
@@ -83,7 +83,7 @@ def _launch_knobs() -> Table:
             for entries in (lookup.user_store(name).read().values(), committed)
         ]
         serves = f"heuristic, for all: {lookup.VARIABLE}={mode}" if mode == "off" else "nearest shape, heuristic"
-        table.add_row(escape(name), *counts, serves)
+        table.add_row(text(name), *counts, text(serves))
     return table
 
 

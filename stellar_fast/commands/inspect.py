@@ -9,10 +9,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from stellar_fast.commands.console import console
+from stellar_fast.commands.console import console, end_printed, tell, text
 
 if TYPE_CHECKING:
     from stellar_fast.aot import Figures
@@ -45,6 +44,7 @@ def inspect(
     compiled = [] if ops or as_json else _show_native()
     if any(row.problems for row in figures) or any(row.problems for row in compiled):
         raise SystemExit(1)
+    end_printed()
 
 
 def _show(figures: Sequence[Figures]) -> None:
@@ -71,8 +71,8 @@ def _show(figures: Sequence[Figures]) -> None:
         console.print(table)
     for row in figures:
         for problem in row.problems:
-            where = escape(f"{row.kernel} {row.shape} {row.dtype} {row.arch} ({row.config})")
-            console.print(f"[red]{where}: {problem}[/]", soft_wrap=True, highlight=False)
+            where = f"{row.kernel} {row.shape} {row.dtype} {row.arch} ({row.config})"
+            console.print(text(f"{where}: {problem}"), style="red", soft_wrap=True)
 
 
 def _show_native() -> list[Resources]:
@@ -82,7 +82,7 @@ def _show_native() -> list[Resources]:
     try:
         kernels = resources.of_native_module()
     except ValueError as error:
-        console.print(f"CUDA C++ kernels are not listed: {error}")
+        tell(f"CUDA C++ kernels are not listed: {error}")
         return []
     for op, rows in groupby(kernels, key=lambda row: row.op):
         table = Table(title=f"{op} (CUDA C++)", title_justify="left")
@@ -91,11 +91,10 @@ def _show_native() -> list[Resources]:
         for row in rows:
             shared = f"{row.shared_bytes / 1024:.1f}"
             style = "red" if row.problems else None
-            cells = (escape(row.kernel), row.arch, str(row.registers), shared, str(row.local_bytes))
+            cells = (text(row.kernel), row.arch, str(row.registers), shared, str(row.local_bytes))
             table.add_row(*cells, style=style)
         console.print(table)
     for row in kernels:
         for problem in row.problems:
-            where = escape(f"{row.op} {row.kernel} {row.arch}")
-            console.print(f"[red]{where}: {problem}[/]", soft_wrap=True, highlight=False)
+            console.print(text(f"{row.op} {row.kernel} {row.arch}: {problem}"), style="red", soft_wrap=True)
     return kernels

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from stellar_fast.commands.console import console, errors
+from stellar_fast.commands.console import Progress, console, end_printed, ended_by, tell, text
+from stellar_fast.files import shown
 
 if TYPE_CHECKING:
     import torch
@@ -95,9 +96,12 @@ def _tune(requests: Sequence[Request], device: torch.device, budget: float, agai
     from stellar_fast.tune import lookup, tuner
     from stellar_fast.tune.worker import Worker
 
+    store, worker = lookup.user_store(lookup.device_name(device)), Worker()
+    store.check()
     if commit:
         lookup.check_checkout()
-    store, worker = lookup.user_store(lookup.device_name(device)), Worker()
+        for op in sorted({request.op for request in requests}):
+            lookup.committed_store(op, store.device).check()
     known = [] if again else list(store.read().values())
     left_out: list[str] = []
 
@@ -105,30 +109,28 @@ def _tune(requests: Sequence[Request], device: torch.device, budget: float, agai
         store.put(entry for entry in entries if entry.decided or not again)
 
     def report(step: tuner.Progress) -> None:
-        text = f"{step.request.op} {step.request.text}"
-        tried = f"{step.entry.tried} of {step.candidates} candidates" if step.entry and step.candidates else ""
-        bar.update(task, completed=step.place, what=text, tried=tried)
+        what = f"{step.request.op} {step.request.text}"
+        tried = f", {step.entry.tried} of {step.candidates} candidates" if step.entry and step.candidates else ""
+        progress.update(step.place, what + tried)
         if step.problem:
-            left_out.append(f"{text}: {step.problem}")
+            left_out.append(f"{what}: {step.problem}")
 
-    columns = TextColumn("{task.fields[what]}"), BarColumn(), TextColumn("{task.fields[tried]}"), TimeElapsedColumn()
     try:
-        with Progress(*columns, console=errors, transient=True) as bar:
-            task = bar.add_task("", total=len(requests), what="", tried="")
+        with ended_by(signal.SIGHUP), Progress(len(requests), "requests") as progress:
             tuner.tune(requests, worker, known, save, budget, report)
-    finally:  # also where Ctrl-C ended it
+    finally:  # also where Ctrl-C, TERM or a hang-up ended it
         worker.close()
         lookup.forget()
         found = [entry for entry in store.read().values() if any(request.is_of(entry) for request in requests)]
-        console.print(_table(found, device))
-        for line in left_out:
-            console.print(f"left out: {escape(line)}", soft_wrap=True, highlight=False)
-        console.print(f"kept in {store.path}", soft_wrap=True, highlight=False)
         decided = [replace(entry, measured={}) for entry in found if entry.decided]
         for op in sorted({entry.op for entry in decided}) if commit else ():
             place = lookup.committed_store(op, store.device)
             place.put(entry for entry in decided if entry.op == op)
-            console.print(f"committed in {place.path}", soft_wrap=True, highlight=False)
+            tell(f"committed in {shown(place.path)}")
+        console.print(_table(found, device))
+        for line in left_out:
+            tell(f"left out: {line}")
+        tell(f"kept in {shown(store.path)}")
     if not found:
         raise SystemExit(1)
 
@@ -136,18 +138,18 @@ def _tune(requests: Sequence[Request], device: torch.device, budget: float, agai
 def _table(entries: Sequence[Entry], device: torch.device) -> Table:
     from stellar_fast.tune import lookup
 
-    table = Table(title=f"Launch knobs of {lookup.device_name(device)}", title_justify="left")
+    table = Table(title=Text(f"Launch knobs of {lookup.device_name(device)}"), title_justify="left")
     table.add_column("operator", no_wrap=True)
     for name in ("request", "heuristic ms", "best ms", "ratio", "next", "knobs", "tried"):
         table.add_column(name, justify="right" if name.endswith(("ms", "ratio", "next")) else "left", overflow="fold")
     for entry in sorted(entries, key=lambda entry: (entry.op, entry.request)):
         rejected = f", {len(entry.rejected)} rejected" if entry.rejected else ""
         going_on = "" if entry.done else ", more to come"
-        stale = "" if lookup.is_current(entry, device) else " [yellow](of another version: not used)[/]"
+        stale = "" if lookup.is_current(entry, device) else " (of another version: not used)"
         next_ratio = f"{entry.next_ratio:.2f}" if entry.next_ratio else ""
         times = f"{entry.heuristic_ms:.3f}", f"{entry.best_ms:.3f}", f"{entry.ratio:.2f}", next_ratio
-        knobs = escape(_short(entry.knobs)) if entry.knobs else "heuristic's"
-        table.add_row(entry.op, entry.request, *times, knobs + stale, f"{entry.tried}{rejected}{going_on}")
+        knobs = text(_short(entry.knobs) if entry.knobs else "heuristic's").append(stale, "yellow")
+        table.add_row(entry.op, entry.request, *times, knobs, f"{entry.tried}{rejected}{going_on}")
     return table
 
 
@@ -161,13 +163,17 @@ def _list() -> None:
     from stellar_fast.tune import lookup
 
     files = sorted(lookup.user_folder().glob("*.json")) + sorted(lookup.room("linear").parent.glob("*/configs/*.json"))
-    table = Table("file", "device", "entries", "operators", title="Tuned launch knobs", title_justify="left")
+    known = 0
     for path in files:
         with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             content = json.loads(path.read_text())
             ops = [entry["op"] for entry in content["entries"]]
-            table.add_row(str(path), content["device"], str(len(ops)), ", ".join(sorted(set(ops))))
-    console.print(table)
+            tell(shown(path))
+            tell(f"  {content['device']}, {len(ops)} entries: {', '.join(sorted(set(ops)))}")
+            known += 1
+    if not known:
+        tell(f"no tuned launch knobs in {shown(lookup.user_folder())}")
+    end_printed()
 
 
 def _show(ops: Sequence[str], device: torch.device) -> None:
@@ -177,12 +183,13 @@ def _show(ops: Sequence[str], device: torch.device) -> None:
     name = lookup.device_name(device)
     for store in [lookup.user_store(name), *(lookup.committed_store(op, name) for op in ops or backend.OPS)]:
         if found := [entry for entry in store.read().values() if not ops or entry.op in ops]:
-            console.print(str(store.path), soft_wrap=True, highlight=False)
+            tell(shown(store.path))
             console.print(_table(found, device))
+    end_printed()
 
 
 def _clear(ops: Sequence[str], device: torch.device) -> None:
     from stellar_fast.tune import lookup
 
     store = lookup.user_store(lookup.device_name(device))
-    console.print(f"{store.remove(ops)} entries removed from {store.path}", soft_wrap=True, highlight=False)
+    tell(f"{store.remove(ops)} entries removed from {shown(store.path)}")

@@ -246,7 +246,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
-        lines = re.findall(r"^(.+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        lines = re.findall(r"^(.+?)\s*: (.+)$", Path("/proc/cpuinfo").read_text("utf-8", "replace"), re.MULTILINE)
         facts = dict(reversed(lines))
         if {"model name", "cpu family", "model"} <= facts.keys():
             return f"{facts['model name']} family {facts['cpu family']} model {facts['model']}"

@@ -3,14 +3,13 @@
 import contextlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stellar_fast.files import write_atomically
+from stellar_fast.files import check_writable, plain_name, shown, write_atomically
 
 FORMAT = "stellar_fast launch knobs 1"
 
@@ -85,7 +84,7 @@ class ForeignFileError(ValueError):
 
 def device_file(device: str) -> str:
     """The name of a device's file."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+    return f"{plain_name(device)}.json"
 
 
 def user_folder() -> Path:
@@ -112,9 +111,19 @@ class Store:
             self._set_aside(str(error))
             return {}
 
+    def check(self) -> None:
+        """Raise ValueError where nothing can be written, or a file that cannot be set aside is no store."""
+        check_writable(self.path.parent)
+        if self.path.exists() and not self.sets_aside:
+            try:
+                self._parse(self.path.read_text())
+            except ValueError as error:
+                raise ForeignFileError(f"{shown(self.path)} holds no tuned launch knobs ({error}): it stays") from None
+
     def put(self, entries: Iterable[Entry]) -> None:
-        """Add entries to those in the file now, whoever wrote them."""
+        """Add entries to those in the file now, whoever wrote them. Raises ValueError where none of them is kept."""
         with self._locked():
+            self.check()
             found = self.read() | {entry.key: entry for entry in entries}
             self._write(found)
 

@@ -1,6 +1,7 @@
 """Which knobs a call takes, and the files they are kept in."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -16,7 +17,7 @@ from stellar_fast.kernels.linear import config as linear
 from stellar_fast.kernels.sinkhorn import config as sinkhorn
 from stellar_fast.tune import lookup
 from stellar_fast.tune.lookup import Problem, find, from_json, knobs
-from stellar_fast.tune.store import FORMAT, Entry, Store, key
+from stellar_fast.tune.store import FORMAT, Entry, Store, device_file, key
 
 CPU, FP32, SHAPE = torch.device("cpu"), torch.float32, {"N": 32, "K": 16, "D": 768}
 
@@ -239,3 +240,35 @@ def test_the_hash_follows_the_kernels_sources(monkeypatch, tmp_path):
     assert found[0] == found[1] and len(set(found)) == 4, "all but the reference"
     found = [lookup.source_hash.__wrapped__(op, device) for op in ("koleo", "linear") for device in ("cpu", "cuda")]
     assert len(set(found)) == 4, "each with its door, and on a GPU without the C++"
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3.json"),
+        ("Intel(R) Xeon(R) Processor family 6 model 167", "intel-r-xeon-r-processor-family-6-model-167.json"),
+        ("a" * 160, "a" * 160 + ".json"),
+    ],
+)
+def test_files_of_ascii_names_keep_theirs(device, name):
+    assert device_file(device) == name
+
+
+def test_every_device_has_a_file_of_its_own(tmp_path):
+    """Names that differ in what a file name cannot hold, or after more than it can; and names without a letter."""
+    devices = ["Größe 1", "Grösse 1", "Gräße 1", "Gr e 1", "龍芯", "海光", "®", "", "\udcff", "a\u0131", "ai"]
+    devices += [f"{'x' * n}{end}" for n in (160, 300) for end in "ab"] + [f"{'é' * 300}{end}" for end in "ab"]
+    names = [device_file(device) for device in devices]
+    assert len(set(names)) == len(devices)
+    for device, name in zip(devices, names, strict=True):
+        assert re.fullmatch(r"[a-z0-9][a-z0-9-]*\.json", name) and len(name) < 200
+        store = Store(tmp_path / name, device)
+        store.put([entry()])
+        assert len(Store(tmp_path / name, device).read()) == 1
+    assert len(list(tmp_path.iterdir())) == len(devices)
+
+
+def test_a_processor_whose_name_is_no_utf8_has_one(monkeypatch):
+    cpuinfo = b"cpu family\t: 6\nmodel\t\t: 85\nmodel name\t: Gr\xf6\xdfe\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, *decoding: cpuinfo.decode(*decoding))
+    assert lookup.device_name.__wrapped__(CPU) == "Gr\ufffd\ufffde family 6 model 85"
