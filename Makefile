@@ -20,7 +20,7 @@ demo: $(STAMP)
 
 test: lint
 	$(BIN)/python -m stellar_fast.native
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/run.py

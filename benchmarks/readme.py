@@ -122,7 +122,7 @@ def _table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     """Rewrite README.md."""
-    write_atomically(README, rewritten(README.read_text(), read_rows(committed())).encode())
+    write_atomically(README, rewritten(README.read_text("utf-8"), read_rows(committed())).encode())
 
 
 if __name__ == "__main__":

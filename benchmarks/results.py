@@ -3,12 +3,11 @@
 import csv
 import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from stellar_fast.files import null_if_not_finite, write_atomically
+from stellar_fast.files import null_if_not_finite, plain_name, write_atomically
 
 FOLDER = Path(__file__).parent / "results"
 NOTHING = float("nan")  # in a row: not measured; an empty field in CSV, null in JSON
@@ -102,7 +101,7 @@ COLUMNS = {
 
 def result_path(folder: Path, facts: Mapping[str, str | int]) -> Path:
     """<folder>/<device>-torch<version>-<date>.csv"""
-    device = re.sub(r"[^a-z0-9]+", "-", str(facts["device_name"]).lower()).strip("-")
+    device = plain_name(str(facts["device_name"]))
     version = str(facts["torch"]).split("+")[0]
     return folder / f"{device}-torch{version}-{str(facts['date'])[:10]}.csv"
 
@@ -115,7 +114,7 @@ def read_rows(paths: Path | Iterable[Path]) -> list[Row]:
     """
     rows = []
     for path in [paths] if isinstance(paths, Path) else paths:
-        lines = json.loads(path.read_text())["rows"] if path.suffix == ".json" else _csv_lines(path)
+        lines = json.loads(path.read_text("utf-8"))["rows"] if path.suffix == ".json" else _csv_lines(path)
         _check_columns(path, lines)
         rows += [_parse(line) for line in lines]
     return rows
@@ -144,7 +143,8 @@ def append_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def _csv_lines(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _check_columns(path: Path, lines: Sequence[Mapping]) -> None:

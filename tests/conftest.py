@@ -9,6 +9,8 @@ from typing import Any
 
 # before torch starts its threads: tests are many small products, which more threads only slow down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("COLUMNS", None)  # of the terminal that started the tests: consoles would keep it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # some tests take more, which would spin where cores are shared
 os.environ["STELLAR_FAST_TUNE"] = "off"  # what was tuned on this machine is no part of the tests
 
 import pytest
@@ -45,7 +47,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     absent = [mark for mark, here in (("cuda", torch.cuda.is_available()), ("interpreter", interpreting())) if not here]
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in absent)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    dropped = set(left_out)
+    kept = [item for item in items if item not in dropped]
+    items[:] = sorted(kept, key=lambda item: item.path.name != "test_interpreter.py")  # the longest of all begins
+
+
+MOST_WORKERS = 8  # each takes up to a GiB
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Processes of `pytest -n auto`: one a core that this one may use, and this one alone where a GPU is shared."""
+    if torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 @dataclass(frozen=True)
@@ -108,9 +124,10 @@ def mismatches(
         have = actual.get(name)
         if have is None or have.shape != want.shape:
             wrong.append(f"{name}: {None if have is None else tuple(have.shape)} is not {tuple(want.shape)}")
+        elif torch.equal(have, want):
+            continue
         elif not want.is_floating_point():
-            if not torch.equal(have, want):
-                wrong.append(f"{name}: {(have != want).sum().item()} values differ")
+            wrong.append(f"{name}: {(have != want).sum().item()} values differ")
         else:
             error = (have.double() - want.double()).abs()
             if not bool((error <= absolute + relative * want.double().abs()).all()):

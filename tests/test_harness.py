@@ -1,7 +1,7 @@
 """The harness itself: it passes a right operator and finds each way to be wrong."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stellar_fast import backend
 from stellar_fast.registry import OpSpec, draw
+from tests import harness
 from tests.harness import backends_here, check_op, check_registered, each_backend, poisoned_memory
 
 
@@ -116,9 +117,9 @@ def zeros_for_none(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Ten
     [
         ("forward", lambda x, w: x * w * (1 + 1e-5), "contiguous: output 0: largest error"),
         ("forward", unwritten, "contiguous: output 0: largest error nan"),
-        ("forward", ignores_strides, "6\n  transposed: output 0: largest error"),
+        ("forward", ignores_strides, "6\n  transposed: output 0: error along the tensor"),
         ("forward", overwrites, "contiguous: changed its input x"),
-        ("backward", lambda g, x, w: (g * w, (g * x).sum(0) * 1.001), "contiguous: gradient of weight: mean error"),
+        ("backward", lambda g, x, w: (g * w, (g * x).sum(0) * 1.001), "contiguous: gradient of weight: mean square"),
         ("backward", lambda g, x, w: (g * w.flip(0), (g * x).sum(0)), "contiguous: gradient of x: largest error"),
     ],
 )
@@ -137,11 +138,59 @@ def test_an_unwritten_gradient_of_an_empty_batch_is_found() -> None:
 
 
 def test_in_16_bits_the_bar_is_eagers_own_error() -> None:
-    wrong["forward"] = lambda x, w: x * w * 1.1
-    with pytest.raises(AssertionError, match="output 0: mean error"):
+    """Where eager rounds on the way so may others; where it does not, nobody may."""
+    rough = dataclasses.replace(SPEC, eager=lambda x, weight: ((1000 + x) - 1000) * weight)
+    wrong["forward"] = lambda x, w: x * w + 0.5 * w
+    check_op(rough, "cpu", dtype=torch.bfloat16, layouts=("contiguous",))
+    with pytest.raises(AssertionError, match="output 0: mean square error"):
         check_op(SPEC, "cpu", dtype=torch.bfloat16)
-    coarse = dataclasses.replace(SPEC, eager=lambda x, weight: x * weight * 1.09)
-    check_op(coarse, "cpu", dtype=torch.bfloat16, layouts=("contiguous",))
+
+
+def changes(x: Tensor, relative: float) -> Iterator[tuple[str, Tensor]]:
+    """A tensor with a fault at each of its dimensions: a row that is off, a quarter that is left out, a wrong index."""
+    for dim, size in enumerate(x.shape):
+        if size > 1:
+            wrong, left_out = x.clone(), x.clone()
+            wrong.select(dim, size // 2).mul_(1 + relative)
+            left_out.narrow(dim, 0, max(1, size // 4)).zero_()
+            yield f"a row of dimension {dim} off by {relative:g}", wrong
+            yield f"a part of dimension {dim} left out", left_out
+            yield f"dimension {dim} read from the next index", x.roll(1, dim)
+
+
+FP32 = torch.float32
+INTEGERS = ("crop_resize", "nearest_code", "token_match")  # a choice shows no small error
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("op", [op for op in backend.OPS if op != "crop_resize"])
+def test_a_planted_fault_is_found(op: str, dtype: torch.dtype) -> None:
+    """In each argument: what is left out or misplaced, and in fp32 one row that is off by 1e-3."""
+    case = harness._Case(op, "small", dtype, "cpu", 0, {})
+    exact, allowed = case.exact(), case.allowed()
+    assert harness._wrong(case.ours("reference", case.inputs), exact, allowed, case) == []
+    small = dtype == FP32 and op not in INTEGERS
+    arguments = {n: x for n, x in case.inputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    missed = [
+        f"{name}: {what}"
+        for name, x in arguments.items()
+        for what, changed in changes(x, 1e-3)
+        if (small or "off" not in what)
+        and not harness._wrong(case.ours("reference", case.inputs | {name: changed}), exact, allowed, case)
+    ]
+    assert not missed
+
+
+@pytest.mark.parametrize("op", [op for op in backend.OPS if op not in INTEGERS])
+def test_a_planted_factor_is_found(op: str) -> None:
+    """1.001 in every tensor; in bf16 where there are thousands of elements, and 1.05 elsewhere."""
+    for dtype in (FP32, torch.bfloat16):
+        case = harness._Case(op, "small", dtype, "cpu", 0, {})
+        exact, allowed = case.exact(), case.allowed()
+        for name, want in exact.items():
+            if want.is_floating_point():
+                factor = 1.001 if dtype == FP32 or want.numel() > 5000 else 1.05
+                assert harness.reasons(name, factor * want, want, allowed[name]), (name, dtype)
 
 
 def test_another_backend_than_the_named_one_is_found() -> None:
@@ -154,7 +203,7 @@ def test_another_backend_than_the_named_one_is_found() -> None:
 
 def test_a_gradient_on_one_side_alone_is_found() -> None:
     spec = dataclasses.replace(SPEC, reference=lambda x, weight: (x * weight).detach())
-    with pytest.raises(AssertionError, match="output 0 requires grad: 1 values differ"):
+    with pytest.raises(AssertionError, match="output 0 requires grad: 1 of 1 values differ"):
         check_op(spec, "cpu")
 
 

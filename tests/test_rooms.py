@@ -104,7 +104,7 @@ def test_native_rooms_are_those_of_the_build_and_of_the_table() -> None:
 def test_no_stray_rooms() -> None:
     assert rooms("kernels") - {COMMON} == set(backend.OPS)
     for folder, prefix, others in (
-        ("stellar_fast/ops", "", {"__init__", "checks", "from_weight", "scratch"}),
+        ("stellar_fast/ops", "", {"__init__", "checks", "flops", "from_weight", "scratch"}),
         ("tests/ops", "test_", set()),
         ("benchmarks/ops", "", {"__init__", "case"}),
     ):

@@ -2,11 +2,12 @@
 
 `python -m benchmarks.model.trajectory [--steps 200] [--out docs/trajectory.png]` trains the tiny preset from the same
 weights, views and masks with this machine's fastest operators and with all of them on the reference. Training is
-chaotic, so that any two runs part in the end; what that looks like without any change of operators is shown by
-reference runs whose weights differ by 1e-7 at the start.
+chaotic, so that runs part whatever the machine, in the end as far as runs can. How fast is shown by reference runs
+whose weights differ by 1e-7 at the start, which is about a rounding each.
 
-The exit code is 1 where the fused operators leave 1e-4 within the first 20 steps, or are over the later half of the
-run further from the reference (median) than each of those runs.
+The exit code is 1 where at some step the fused operators are more than ten times as far from the reference as the
+furthest of those runs has been by then. They themselves differ by up to five times; an operator that is off by 1e-3 is
+off by ten thousand roundings, which the first steps show.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from stellar_fast.files import write_atomically
 BATCH = 4
 NUDGE = 1e-7
 NUDGED_RUNS = 3
-FIRST_STEPS, FIRST_TOLERANCE = 20, 1e-4
+MARGIN = 10.0  # nudged runs are up to 5 times as far from the reference as each other
 
 
 def batches(model: StellarModel, steps: int) -> list[dict[str, Tensor]]:
@@ -80,16 +81,13 @@ def compare(steps: int) -> dict[str, np.ndarray]:
 
 def problems(found: dict[str, np.ndarray]) -> list[str]:
     """What of `compare` says that the fused operators do not train like the reference; empty where they do."""
-    fused, nudged = found["fused"], found["nudged"]
-    first, later = fused[:FIRST_STEPS], slice(len(fused) // 2, None)
-    median, allowed = np.median(fused[later]), np.median(nudged[:, later], axis=1).max()
-    said = []
-    if not (first <= FIRST_TOLERANCE).all():
-        at = int(np.argmin(first <= FIRST_TOLERANCE))
-        said.append(f"step {at + 1} is {first[at]:.2e} from the reference: at most {FIRST_TOLERANCE:g} is allowed")
-    if not median <= allowed:
-        said.append(f"median of the later half {median:.2e}, above the nudged runs' largest {allowed:.2e}")
-    return said
+    fused, furthest = found["fused"], np.maximum.accumulate(found["nudged"].max(axis=0))
+    beyond = ~(fused <= MARGIN * furthest)  # NaN is beyond
+    if not beyond.any():
+        return []
+    at = int(np.argmax(beyond))
+    allowed = f"over {MARGIN:g} times the nudged runs' {furthest[at]:.2e}"
+    return [f"step {at + 1} is {fused[at]:.2e} from the reference, {allowed}"]
 
 
 def draw(found: dict[str, np.ndarray], path: Path) -> None:
@@ -121,7 +119,7 @@ def main() -> int:
     found = compare(options.steps)
     fused, nudged = found["fused"], found["nudged"]
     print(f"loss {found['loss'][0]:.2f} -> {found['loss'][-1]:.2f} in {options.steps} steps")
-    for last in sorted({min(FIRST_STEPS, options.steps), options.steps // 2, options.steps}):
+    for last in sorted({min(20, options.steps), options.steps // 2, options.steps}):
         print(
             f"up to step {last:4}: fused operators at most {fused[:last].max():.2e} from the reference, "
             f"weights moved by {NUDGE:g} {nudged[:, :last].max(axis=1).min():.2e} to {nudged[:, :last].max():.2e}"

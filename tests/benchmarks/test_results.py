@@ -41,6 +41,21 @@ def test_rows_come_back_from_csv_and_json(tmp_path) -> None:
     assert content["columns"] == COLUMNS and content["rows"][0]["mfu"] is None
 
 
+def test_any_name_of_a_device_serves(tmp_path) -> None:
+    name = 'Процессор 龍芯, "Größe"\u2028\x85 ' + "é" * 60
+    facts = {"torch": "2.13.0+cpu", "date": "2031-01-02T03:04:05Z"}
+    path, other = (results.result_path(tmp_path, facts | {"device_name": text}) for text in (name, name + "e"))
+    assert path != other and path.name.isascii() and path.name.endswith("-torch2.13.0-2031-01-02.csv")
+    for _ in range(2):
+        beside = results.append_rows(path, [row(device_name=name)])
+    for rows in (results.read_rows(path), results.read_rows(beside)):
+        assert [found.device_name for found in rows] == [name, name]
+    measured = [dataclasses.replace(found, device_name=name) for found in synthetic()]
+    assert f"\n{name}, torch " in readme.numbers(measured)
+    legible = [dataclasses.replace(found, device_name="Процессор " + "é" * 70) for found in measured]
+    assert plots.draw(legible, legible, tmp_path)
+
+
 def test_an_old_file_gets_the_new_columns_and_keeps_its_own(tmp_path) -> None:
     path = tmp_path / "old.csv"
     path.write_text("date,provider,median_ms,peak_extra_mib\n2030-01-01,plain,7.00,nan\n")

@@ -12,6 +12,7 @@ from stellar_fast.nn.add_layer_norm import AddLayerNorm
 from stellar_fast.ops import add_layer_norm
 from tests.conftest import mismatches
 from tests.harness import check_op, check_registered, each_backend, each_shape, poisoned_memory
+from tests.roundings import assert_alike
 
 FP32, BF16 = torch.float32, torch.bfloat16
 DTYPE = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
@@ -83,11 +84,11 @@ def test_more_dimensions_and_strided_rows():
     tensors["x"], tensors["residual"] = wide[:, :40].unflatten(0, (3, 4)), wide[:, 40:].unflatten(0, (3, 4))
     for have, expected in zip(add_layer_norm(**tensors), want, strict=True):
         assert have.shape == (3, 4, 40)
-        torch.testing.assert_close(have.flatten(0, 1), expected)
+        assert_alike(have.flatten(0, 1), expected)
     row = {"x": tensors["x"][0, 0], "residual": tensors["residual"][0, 0]}
-    torch.testing.assert_close(add_layer_norm(**tensors | row)[1], want[1][0])
+    assert_alike(add_layer_norm(**tensors | row)[1], want[1][0])
     spread = {"x": wide[:1, :40].expand(12, 40)}  # rows of stride 0
-    torch.testing.assert_close(
+    assert_alike(
         add_layer_norm(**tensors | spread | {"residual": None})[1][5:6],
         F.layer_norm(wide[:1, :40], (40,), tensors["weight"], tensors["bias"], tensors["eps"]),
     )
@@ -142,8 +143,8 @@ def test_module_under_autocast_saves_the_cast():
         norm(tensors["residual"][:9], tensors["x"][:9])
     assert seen == {("add_layer_norm", "cpu")}, "the large one ran here, the small one in torch"
     assert total.dtype == FP32 and normed.dtype == BF16
-    torch.testing.assert_close(total, tensors["residual"] + tensors["x"].bfloat16())
-    torch.testing.assert_close(normed, F.layer_norm(total, (512,), eps=1e-6).bfloat16())
+    assert_alike(total, tensors["residual"] + tensors["x"].bfloat16())
+    assert_alike(normed, F.layer_norm(total, (512,), eps=1e-6).bfloat16())
 
 
 @pytest.mark.parametrize(

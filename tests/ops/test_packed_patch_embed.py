@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_map
 from stellar_fast.backend import use_backend
 from stellar_fast.ops import packed_patch_embed
 from tests.harness import check_op, check_registered, each_backend, each_dtype, each_shape
+from tests.roundings import assert_alike
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.25])
 DOUBLE = (torch.float64,)
@@ -56,9 +57,7 @@ def with_gradients(backend: str, inputs: dict) -> dict[str, Tensor]:
 def assert_as_exact(backend: str, inputs: dict) -> None:
     exact = with_gradients("reference", move(inputs, *DOUBLE))
     for name, ours in with_gradients(backend, inputs).items():
-        torch.testing.assert_close(
-            ours, exact[name].to(ours.dtype), rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        assert_alike(ours, exact[name].to(ours.dtype))
 
 
 @each_backend("packed_patch_embed")
@@ -87,7 +86,7 @@ def test_sequences_are_packed_view_by_view_and_image_by_image(backend, device):
         pixels = (inputs["images"][view] - MEAN[:, None, None]) / STD[:, None, None]
         patches = F.conv2d(pixels, inputs["weight"], inputs["bias"], stride=4).flatten(2).mT + position[1:]
         expected = patches if view else torch.stack((patches[0, [3, 0]], patches[1, [1, 2]]))
-        torch.testing.assert_close(sequence[:, 1:-3], expected)
+        assert_alike(sequence[:, 1:-3], expected)
 
 
 @each_backend("packed_patch_embed")
@@ -98,7 +97,7 @@ def test_uint8_is_the_same_image_beside_floats_too(backend, device):
     with use_backend(packed_patch_embed=backend):
         ours = packed_patch_embed(**{**inputs, "images": [pixels, floats]})
         as_float = packed_patch_embed(**{**inputs, "images": [pixels.float() / 255, floats]})
-    torch.testing.assert_close(ours, as_float)
+    assert_alike(ours, as_float)
 
 
 @each_backend("packed_patch_embed")

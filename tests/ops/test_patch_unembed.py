@@ -11,6 +11,7 @@ from stellar_fast.kernels.patch_unembed.spec import SPEC
 from stellar_fast.nn.patch_unembed import PatchUnembed
 from stellar_fast.ops import patch_unembed
 from tests.harness import check_op, check_registered, each_backend, each_dtype, each_shape, poisoned_memory
+from tests.roundings import assert_alike
 
 SIZES = {"B": 2, "Y": 3, "X": 4, "H": 24, "C": 3, "S": 8}
 
@@ -72,10 +73,7 @@ def test_it_is_the_transposed_convolution(backend, device, dtype):
     with use_backend(patch_unembed=backend):
         out = patch_unembed(**arguments)
         grads = torch.autograd.grad(out, (x, weight, bias), along)
-    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(out, want, **tolerance)
-    for grad, wanted in zip(grads, torch.autograd.grad(want, (x, weight, bias), along), strict=True):
-        torch.testing.assert_close(grad, wanted, **(tolerance and {"rtol": 2e-2, "atol": 0.3}))
+    assert_alike((out, *grads), (want, *torch.autograd.grad(want, (x, weight, bias), along)))
 
 
 @each_backend("patch_unembed", "cuda", "cpu")
@@ -106,8 +104,8 @@ def test_any_number_of_threads_finds_the_same(backend, device):
     finally:
         torch.set_num_threads(before)
     for out, grad in found:
-        torch.testing.assert_close(out, found[0][0], rtol=1e-6, atol=1e-5)  # the product is oneDNN's
-        torch.testing.assert_close(grad, found[0][1])
+        assert_alike(out, found[0][0])  # the product is oneDNN's
+        assert_alike(grad, found[0][1])
 
 
 @each_backend("patch_unembed")
@@ -120,7 +118,7 @@ def test_under_autocast_it_computes_in_its_dtype(backend, device):
     (grad,) = torch.autograd.grad(out.float().sum(), weight)
     assert grad.dtype == torch.float32
     exact = reference.patch_unembed(*arguments.values())
-    torch.testing.assert_close(out.float(), exact, rtol=2e-2, atol=5e-2)
+    assert_alike(out, exact.bfloat16())
 
 
 def test_which_backend_takes_what():
@@ -134,7 +132,7 @@ def test_which_backend_takes_what():
         half, double = (patch_unembed(**inputs(dtype, H=512)) for dtype in (torch.float16, torch.float64))
     assert not seen and half.dtype == torch.float16 and double.dtype == torch.float64
     assert half.is_contiguous() and double.is_contiguous()
-    torch.testing.assert_close(half.double(), double, rtol=1e-2, atol=0.1)
+    assert_alike(half, double.half())
 
 
 def test_forward_mode_is_not_silently_zero():
@@ -142,7 +140,7 @@ def test_forward_mode_is_not_silently_zero():
     along = arguments["x"].flip(0)
     _, tangent = torch.func.jvp(lambda x: patch_unembed(**(arguments | {"x": x})), (arguments["x"],), (along,))
     want = patch_unembed(**(arguments | {"x": along, "bias": None}))
-    torch.testing.assert_close(tangent, want)
+    assert_alike(tangent, want)
 
 
 def test_the_module_has_a_convolutions_parameters():
@@ -153,7 +151,7 @@ def test_the_module_has_a_convolutions_parameters():
     assert ours.state_dict().keys() == theirs.state_dict().keys() == {"weight", "bias"}
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     x = inputs()["x"]
-    torch.testing.assert_close(ours(x, (4, 3)), theirs(x.mT.unflatten(2, (4, 3))))
+    assert_alike(ours(x, (4, 3)), theirs(x.mT.unflatten(2, (4, 3))))
 
 
 @pytest.mark.parametrize(
