@@ -98,7 +98,7 @@ def check_op(
         seed: of the inputs.
         changed: arguments that differ from the spec's, such as ``temperature=None``.
     """
-    case = _Case(op, shape, dtype, device, seed, changed)
+    case = Case(op, shape, dtype, device, seed, changed)
     found, wrong = {}, []
     for layout in layouts:
         inputs = tree_map(lambda x, layout=layout: _lay_out(x, layout), case.inputs)
@@ -128,7 +128,7 @@ def check_registered(
 
     Also each gradient and each output's cotangent alone, and the same values without any gradient.
     """
-    case = _Case(op, shape, dtype, device, 0, changed)
+    case = Case(op, shape, dtype, device, 0, changed)
     with _Calls() as calls:
         found = case.ours(backend, case.inputs)
     if backend not in INLINE:
@@ -173,7 +173,7 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-class _Case:
+class Case:
     """One operator at one shape and dtype: its inputs, and the three ways to compute it."""
 
     def __init__(
@@ -296,7 +296,7 @@ def _doubled(found: Tensor, exact: Tensor) -> dict[str, float]:
     return {key: 2 * value for key, value in measures(found, exact).items()}
 
 
-def _wrong(ours: Named, exact: Named, allowed: Mapping[str, Allowance], case: _Case) -> list[str]:
+def _wrong(ours: Named, exact: Named, allowed: Mapping[str, Allowance], case: Case) -> list[str]:
     """Why `ours` is worse than eager could be, a line for each number that is."""
     wrong = []
     for name in exact.keys() | ours.keys():

@@ -166,7 +166,7 @@ INTEGERS = ("crop_resize", "nearest_code", "token_match")  # a choice shows no s
 @pytest.mark.parametrize("op", [op for op in backend.OPS if op != "crop_resize"])
 def test_a_planted_fault_is_found(op: str, dtype: torch.dtype) -> None:
     """In each argument: what is left out or misplaced, and in fp32 one row that is off by 1e-3."""
-    case = harness._Case(op, "small", dtype, "cpu", 0, {})
+    case = harness.Case(op, "small", dtype, "cpu", 0, {})
     exact, allowed = case.exact(), case.allowed()
     assert harness._wrong(case.ours("reference", case.inputs), exact, allowed, case) == []
     small = dtype == FP32 and op not in INTEGERS
@@ -185,7 +185,7 @@ def test_a_planted_fault_is_found(op: str, dtype: torch.dtype) -> None:
 def test_a_planted_factor_is_found(op: str) -> None:
     """1.001 in every tensor; in bf16 where there are thousands of elements, and 1.05 elsewhere."""
     for dtype in (FP32, torch.bfloat16):
-        case = harness._Case(op, "small", dtype, "cpu", 0, {})
+        case = harness.Case(op, "small", dtype, "cpu", 0, {})
         exact, allowed = case.exact(), case.allowed()
         for name, want in exact.items():
             if want.is_floating_point():

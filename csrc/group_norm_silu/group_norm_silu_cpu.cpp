@@ -155,13 +155,13 @@ void statistics(const GroupNorm &norm, const Chunks &chunks, ptrdiff_t first, pt
   }
 }
 
-// Mean and 1 / deviation of an image's channels, pad(channels) floats each.
+// Mean and 1 / deviation of an image's channels, pad(channels) floats each. Squares that overflow are no statistics: NaN, not zeros.
 void spread(const GroupNorm &norm, const float *stats, ptrdiff_t image, float *mean, float *rstd) {
   const int width = norm.channels / norm.groups;
   for (int c = 0; c < norm.channels; ++c) {
     const float *at = stats + 2 * (image * norm.groups + c / width);
     mean[c] = at[0];
-    rstd[c] = 1 / std::sqrt(at[1] + norm.eps);
+    rstd[c] = std::isfinite(at[1]) ? 1 / std::sqrt(at[1] + norm.eps) : NAN;
   }
 }
 
@@ -172,11 +172,12 @@ STELLAR_FAST_INLINE f32v<W> exp_minus(f32v<W> z) {
   typedef f32v<W> F;
   typedef i32v<W> I;
   const float magic = 12582912.0f + 127;  // adding 1.5 * 2^23 rounds to an integer, here to a biased exponent
-  const I least = I{} + (0x4b400000 + 1), most = I{} + (0x4b400000 + 253);
-  const F t = z * -1.44269504f, shifted = t + magic, f = t - (shifted - magic);
-  I exponent = (I)shifted;  // ordered as the floats are, but for negative ones, which are below all that matter
-  exponent = exponent > least ? exponent : least;
-  exponent = exponent > most ? most : exponent;
+  const F least = F{} - 126, most = F{} + 126;
+  F t = z * -1.44269504f;
+  t = least > t ? least : t;  // NaN stays
+  t = most < t ? most : t;
+  const F shifted = t + magic, f = t - (shifted - magic);
+  const I exponent = (I)shifted;
   F p = f * 1.326472731e-3f + 9.671512991e-3f;
   p = p * f + 5.550733581e-2f;
   p = p * f + 2.402224243e-1f;

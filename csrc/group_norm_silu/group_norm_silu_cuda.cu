@@ -154,7 +154,7 @@ struct Factors {
     for (int i = 0; i < N; ++i) {
       const float2 of_group = stats[part.image * s.groups + (part.channel + i) / s.width];
       mean[i] = of_group.x;
-      rstd[i] = 1 / sqrtf(of_group.y + eps);
+      rstd[i] = isfinite(of_group.y) ? 1 / sqrtf(of_group.y + eps) : NAN;  // squares that overflow are no statistics
       weight[i] = weights[part.channel + i];
       bias[i] = biases[part.channel + i];
     }

@@ -200,7 +200,7 @@ def group_norm_silu(
         residual (out, y), both with gradients.
         Backends: `cuda` (fp32, bf16, fp16), `cpu` (fp32, bf16), `torch`
         (`torch.group_norm`, `torch.nn.functional.silu`), `reference` (fp32). The last two compute the statistics in
-        any case; the first two have no second derivative.
+        any case; the first two have no second derivative, and give NaN where squares leave fp32 (values over 1e17).
 
     Raises:
         ValueError: groups that do not divide C, shapes or devices that differ, integer tensors, an eps that is not

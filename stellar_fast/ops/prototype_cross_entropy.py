@@ -384,7 +384,8 @@ def prototype_cross_entropy(
         wider of the dtypes of features and prototypes, under autocast in its dtype; softmax, sums and gradients are
         fp32, and the same every time. On a CPU in bf16 the gradient of the logits is stored as bf16, and each block's
         products with it are rounded to bf16 before they are summed in fp32. Logits, probabilities and gathered targets
-        exist for a tile at a time, never for all of (R, C).
+        exist for a tile at a time, never for all of (R, C). Scores of any size that fp32 holds are served (tried up to
+        1e8 times the usual); under fp16 autocast a gradient over 65,504 is infinite, as of any fp16 product.
         Backends: `triton` (fp32, bf16, fp16; E up to 512), `cpu` (fp32, bf16; fp16 as fp32), which computes the
         gradients in the forward (and again where those of several losses differ), and `reference` (fp32 with all of (R,
         C)).

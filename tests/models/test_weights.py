@@ -108,6 +108,19 @@ def test_training_checkpoints_of_other_loops(small_model, container):
     assert_same_weights(target, small_model)
 
 
+@pytest.mark.parametrize("container", ["ema", "ema_state_dict", "model_ema"])
+def test_an_average_is_taken_where_there_is_no_other(small_model, container):
+    target, average = other(small_model), other(small_model)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter += 1
+    both = {container: average.upstream_state_dict(), "model": small_model.upstream_state_dict()}
+    target.load_upstream_state_dict(both)
+    assert_same_weights(target, small_model)
+    target.load_upstream_state_dict({"epoch": 3, container: both[container]})
+    assert_same_weights(target, average)
+
+
 def test_an_averaged_model(small_model):
     averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 2)).state_dict()
     weights = {f"module.{name}": t for name, t in small_model.upstream_state_dict().items()}
