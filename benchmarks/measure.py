@@ -142,7 +142,8 @@ def gemms(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Call], fl
     x = torch.randn(rows, inner, device=device).to(dtype)
     weight = torch.randn(outer, inner, device=device).to(dtype)
     products: dict[str, Call] = {"torch": lambda: F.linear(x, weight)}
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    has_onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if has_onednn and (dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         products["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return products, 2.0 * rows * inner * outer
 

@@ -286,6 +286,13 @@ def write_atomically(
         raise
 
 
+def is_of_full_disk(error: OSError) -> bool:
+    """Whether it says that a disk, or one's part of it, has no room left; one that is `explained` too."""
+    while error.errno is None and isinstance(error.__cause__, OSError):
+        error = error.__cause__
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def explained(error: OSError, path: str | os.PathLike[str], needed_bytes: int | None = None) -> OSError:
     """The same kind of error as one sentence with the path and, of a full disk, what is needed and what there is.
 
@@ -294,7 +301,7 @@ def explained(error: OSError, path: str | os.PathLike[str], needed_bytes: int | 
     while error.errno is None and isinstance(error.__cause__, OSError):  # explained already, of a part of it
         error = error.__cause__
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_of_full_disk(error):
         with contextlib.suppress(OSError):
             free_mib = shutil.disk_usage(Path(path).parent).free / 2**20
             needed = "" if needed_bytes is None else f"{needed_bytes / 2**20:,.1f} MiB are needed, "

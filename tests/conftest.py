@@ -1,9 +1,11 @@
 """Fixtures shared by all tests: the golden tensors, and models small enough for any machine."""
 
 import functools
+import getpass
 import inspect
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COLUMNS", None)  # of the terminal that started the tests: consoles would keep it
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # some tests take more, which would spin where cores are shared
 os.environ["STELLAR_FAST_TUNE"] = "off"  # what was tuned on this machine is no part of the tests
+if _capability := os.environ.get(
+    "ATEN_CPU_CAPABILITY"
+):  # inductor takes vectors of this width from its cache as it finds them
+    _folder = f"torchinductor_{getpass.getuser()}_{_capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / _folder))
 
 import pytest
 import torch
@@ -43,9 +50,19 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what cannot run in this process, as deselected and so in the count.
 
-    That is `cuda` without a GPU, and `interpreter` unless TRITON_INTERPRET=1: test_interpreter.py starts those.
+    That is `cuda` without a GPU, `onednn_bf16` on a processor without AVX-512, and `interpreter` unless
+    TRITON_INTERPRET=1: test_interpreter.py starts those.
     """
-    absent = [mark for mark, here in (("cuda", torch.cuda.is_available()), ("interpreter", interpreting())) if not here]
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given and given.params.get("backend") == "onednn" and given.params.get("dtype") == torch.bfloat16:
+            item.add_marker("onednn_bf16")
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "onednn_bf16": torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "interpreter": interpreting(),
+    }
+    absent = [mark for mark, is_here in here.items() if not is_here]
     left_out = [item for item in items if any(item.get_closest_marker(mark) for mark in absent)]
     config.hook.pytest_deselected(items=left_out)
     dropped = set(left_out)

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,8 +198,16 @@ def test_a_decoder_trains_on_a_frozen_encoder(run: Path, photos: Path, tmp_path:
     assert "finished step 20" in result.output  # 20 epochs of one batch
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["decoder_only"], config["epochs"], config["weights"]) == (True, 20, str(run))
-    resumed = invoke("train-decoder", "--config", out / "config.yaml", "--resume")
-    assert resumed.exit_code == 0 and "finished step 20" in resumed.output, resumed.output
+    for place in (("--config", out / "config.yaml"), ("--out", out)):
+        resumed = invoke("train-decoder", *place, "--resume")
+        assert resumed.exit_code == 0 and "finished step 20" in resumed.output, resumed.output
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    refused = invoke("train-decoder", "--config", copy / "config.yaml", "--resume")
+    said = f"{copy}/config.yaml lies in a run's folder and names another one, {out}: say which is to continue, "
+    assert f"{said}--out {copy} or --out {out}" in " ".join(refused.output.split())
+    there = invoke("train-decoder", "--config", copy / "config.yaml", "--resume", "--out", copy)
+    assert there.exit_code == 0 and f"checkpoint {copy}/" in there.output, there.output
     both = [
         StellarModel.from_pretrained(next((folder / "checkpoints").iterdir())).encoder.state_dict()
         for folder in (run, out)

@@ -3,6 +3,7 @@
 The model is a stand-in, since these tests are about what lies around it.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -26,9 +27,9 @@ from typer.testing import CliRunner
 
 from stellar_fast import StellarOutput
 from stellar_fast.cli import app
-from stellar_fast.commands import console
+from stellar_fast.commands import console, outputs
 from stellar_fast.fidelity import fidelity
-from stellar_fast.files import MARK, TEMPORARY
+from stellar_fast.files import MARK, TEMPORARY, explained
 
 SIZE, PATCH, TOKENS, WIDTH = 16, 8, 3, 5
 At = Callable[[int], object]
@@ -310,6 +311,61 @@ class TestErrors:
         result = run("encode", "--out", "f.st", at=at(1, lambda: photos.rename("elsewhere")))
         assert result.exit_code == 2 and result.stderr == "error: photos is there no more\n"
         assert read(tmp_path / "f.st")[1] == ["0.png", "1.png"]
+
+    def test_a_disk_that_fills_up_keeps_what_fits(
+        self, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each image takes 128 bytes and its name; what the disk has is told anew before it is written again."""
+        free, write = [2**30], outputs.Features.write
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free[-1]))
+
+        def limited(features: outputs.Features, path: Path, metadata: dict[str, str]) -> None:
+            if len(features.names) * 128 > free[-1] - 2**16:
+                full = OSError(errno.ENOSPC, "No space left on device")
+                raise explained(full, path) from full
+            write(features, path, metadata)
+
+        monkeypatch.setattr(outputs.Features, "write", limited)
+        assert run("encode", "--out", "all.st").exit_code == 0
+        result = run("encode", "--out", "f.st", at=at(4, lambda: free.append(2**16 + 700)))
+        assert result.exit_code == 2 and "f.st: the disk is full, " in result.stderr
+        assert "4 images in f.st\n5 of 7 images are done; go on with: " in result.stdout
+        free.append(2**30)
+        assert run(*go_on(result)).exit_code == 0
+        whole, parts = read(tmp_path / "all.st"), [read(tmp_path / "f.st"), read(tmp_path / "f-from-5.st")]
+        assert parts[0][0]["images"] == "5 of 7"
+        assert parts[0][1] + parts[1][1] == whole[1]
+        assert torch.equal(torch.cat([part[2]["cls"] for part in parts]), whole[2]["cls"])
+
+    def test_a_disk_without_room_is_told_with_the_first_images(
+        self, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=500))
+        passes: list[int] = []
+        result = run("encode", "--out", "f.st", at=passes.append)
+        assert result.exit_code == 2 and passes == [1] and not (tmp_path / "f.st").exists()
+        assert "error: the features of 7 images need 0.0 MiB, and " in result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (
+                ("--size", 20_000),
+                "size 20,000 makes pictures of 400,000,000 pixels, and Pillow makes none over 178,956,970",
+            ),
+            (
+                ("--size", 13_000, "--batch-size", 7),
+                "7 images of 13,000 x 13,000 pixels need 13.2 GiB, and this machine has 8.0",
+            ),
+        ],
+    )
+    def test_a_size_beyond_the_machine(
+        self, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, arguments: tuple, message: str
+    ) -> None:
+        monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**21}.get)
+        for command in ("encode", "reconstruct", "visualize"):
+            result = run(command, "--out", "f", *arguments)
+            assert result.exit_code == 2 and f"error: {message}" in result.stderr, result.output
 
     def test_a_name_that_was_taken_meanwhile_is_not_written_to(self, run: Callable[..., Any], tmp_path: Path) -> None:
         other = Path("f.st")

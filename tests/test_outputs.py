@@ -177,7 +177,9 @@ class TestFeatures:
     ) -> None:
         usage = type("usage", (), {"free": 2**20})
         monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-        with pytest.warns(UserWarning, match=r"of 100,000 images need 7\.6 MiB, and .* has 1\.0 MiB free"):
+        with pytest.raises(
+            ValueError, match=r"of 100,000 images need 7\.6 MiB, and .* has 1\.0 MiB free: another --out"
+        ):
             Features(100_000, tmp_path / "new").add(["a"], self.batch(1, 0.0))
 
     def test_more_names_than_a_file_holds_are_refused_before_the_work(self, monkeypatch: pytest.MonkeyPatch) -> None:

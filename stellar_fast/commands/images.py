@@ -18,7 +18,7 @@ from stellar_fast.commands import outputs
 from stellar_fast.commands.console import console, say, tell, text
 from stellar_fast.commands.inputs import batches, find, load, load_full, relative_name
 from stellar_fast.commands.work import Work, keeping
-from stellar_fast.files import check_output, mark, null_if_not_finite, shown, write_atomically
+from stellar_fast.files import check_output, is_of_full_disk, mark, null_if_not_finite, shown, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +82,8 @@ def encode(
     features = outputs.Features(len(paths), target().parent)
     encoder = load(weights, model, device)
 
-    def write(work: Work) -> None:
-        place, reason = out, ""
+    def write(work: Work) -> OSError | None:
+        place, reason, full = out, "", None
         try:
             file = target()
         except ValueError as error:  # somebody took the name meanwhile
@@ -95,8 +95,20 @@ def encode(
             place = f"{out}.{os.getpid()}"
             file = Path(place)
             say("[yellow]warning:[/]", f"{reason}; the features go to {shown(place)}")
-        features.write(file, {"weights": shown(weights), "images": f"{work.done} of {len(names)}"})
+        about = {"weights": shown(weights), "images": f"{work.done} of {len(names)}"}
+        try:
+            features.write(file, about)
+        except OSError as error:
+            if not is_of_full_disk(error):
+                raise
+            full = error
+            features.cut_to_room()
+            if not features.names or file.exists():
+                raise
+            work.back_to(features.names[-1])
+            features.write(file, about | {"images": f"{work.done} of {len(names)}"})
         tell(f"{len(features.names)} images in {shown(place)}")
+        return full
 
     with keeping(context, names, write) as work:
         for found, batch in batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,21 @@ def relative_name(path: Path, images: str) -> str:
     return path.name if path == Path(images) else str(path.relative_to(images))
 
 
+def _check_size(size: int, batch_size: int) -> None:
+    """Raise ValueError where crops of this size cannot be made, or a batch of them as floats not be held."""
+    from PIL import Image
+
+    most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if size**2 > most:
+        raise ValueError(f"size {size:,} makes pictures of {size**2:,} pixels, and Pillow makes none over {most:,}")
+    needed, memory = 4 * 3 * size**2 * batch_size, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"{batch_size} images of {size:,} x {size:,} pixels need {needed / 2**30:,.1f} GiB, and this machine has "
+            f"{memory / 2**30:,.1f} GiB: a smaller --size or --batch-size"
+        )
+
+
 def batches(
     paths: Sequence[Path],
     images: str,
@@ -90,6 +106,7 @@ def batches(
         raise ValueError(f"batch size {batch_size} and size {size} must be at least 1")
 
     reader = ImageReader(value_range, max_pixels or None)
+    _check_size(size, min(batch_size, len(paths)))
 
     def read(path: Path) -> torch.Tensor | None:
         try:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,25 +97,39 @@ class Features:
         self._total, self._folder = total, folder
 
     def add(self, names: list[str], features: Mapping[str, torch.Tensor]) -> None:
-        """Features of some images: `sparse`, `spatial` and `cls` of each."""
+        """Features of some images: `sparse`, `spatial` and `cls` of each.
+
+        Raises ValueError, now and not after hours, where the disk has no room for those of all images.
+        """
         import torch
 
         if not self.tensors:
             self.tensors = {
                 name: torch.empty(self._total, *features[name].shape[1:]) for name in ("sparse", "spatial", "cls")
             }
-            self._warn(sum(tensor.nbytes for tensor in self.tensors.values()))
+            self._check_room(sum(tensor.nbytes for tensor in self.tensors.values()))
         for name, tensor in self.tensors.items():
             tensor[len(self.names) : len(self.names) + len(names)] = features[name]
         self.names += names
 
-    def _warn(self, size: int) -> None:
-        """Now, and not after hours, where the disk is too full."""
-        folder = next(folder for folder in (self._folder, *self._folder.parents) if folder.exists())
-        free = shutil.disk_usage(folder).free
+    def _check_room(self, size: int) -> None:
+        folder, free = self._room()
         if free < size:
-            need = f"the features of {self._total:,} images need {size / 2**20:,.1f} MiB"
-            warnings.warn(f"{need}, and {shown(folder)} has {free / 2**20:,.1f} MiB free", stacklevel=2)
+            raise ValueError(
+                f"the features of {self._total:,} images need {size / 2**20:,.1f} MiB, and {shown(folder)} has "
+                f"{free / 2**20:,.1f} MiB free: another --out, or a part with --limit"
+            )
+
+    def _room(self) -> tuple[Path, int]:
+        """The folder, or the first above it that exists, and the bytes that are free in it."""
+        folder = next(folder for folder in (self._folder, *self._folder.parents) if folder.exists())
+        return folder, shutil.disk_usage(folder).free
+
+    def cut_to_room(self) -> None:
+        """Keep no more images than the disk has room for."""
+        of_names = 3 * len(json.dumps(_json(self.names))) // max(1, len(self.names))  # names differ in length
+        of_each = sum(tensor[:1].nbytes for tensor in self.tensors.values()) + of_names
+        del self.names[max(0, self._room()[1] - 2**16) // of_each :]
 
     def write(self, path: Path, metadata: dict[str, str]) -> None:
         """The file, appearing whole: float32 tensors, and in the metadata `names` (as JSON) and what is given."""

@@ -7,13 +7,14 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
 from stellar_fast.commands.console import console, say
-from stellar_fast.files import shown
+from stellar_fast.files import is_ours, shown
 from stellar_fast.train.config import TrainConfig, resolve_device
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def train(config: str | None, resume: bool, **flags: Any) -> None:
 
     On several GPUs: [cyan]torchrun --nproc-per-node 8 -m stellar_fast.cli train ...[/]
     """
-    _run(lambda: TrainConfig.load(config, **_given(flags)), resume)
+    _run(lambda: _load(config, resume, _given(flags)), resume)
 
 
 def train_decoder(config: str | None, resume: bool, vq_model: str | None, **flags: Any) -> None:
@@ -56,9 +57,33 @@ def train_decoder(config: str | None, resume: bool, vq_model: str | None, **flag
         given = _given(flags) | {"decoder_only": True}
         if vq_model:
             given["model"] = {"vq_model": vq_model}
-        return TrainConfig.load(config, defaults={"epochs": DECODER_EPOCHS}, **given)
+        return _load(config, resume, given, defaults={"epochs": DECODER_EPOCHS})
 
     _run(load, resume)
+
+
+def _load(config: str | None, resume: bool, given: dict[str, Any], **options: Any) -> TrainConfig:
+    """The options of a file, or of the run that is resumed, and over them those that are given.
+
+    Raises ValueError for the file of a run that was copied or moved: it names the first one's folder.
+    """
+    if not resume:
+        return TrainConfig.load(config, **options, **given)
+
+    from stellar_fast.train.run_folder import CHECKPOINTS, CONFIG
+
+    own = Path(given.get("out", ""), CONFIG)
+    if config is None and "out" in given and own.is_file() and is_ours(own):
+        config = str(own)
+    settings = TrainConfig.load(config, **options, **given)
+    if config is not None and "out" not in given:
+        lies_in, place = Path(config).parent, Path(settings.out)
+        if Path(lies_in, CHECKPOINTS).is_dir() and os.path.realpath(lies_in) != os.path.realpath(place):
+            raise ValueError(
+                f"{shown(config)} lies in a run's folder and names another one, {shown(place)}: say which is to "
+                f"continue, --out {shown(lies_in)} or --out {shown(place)}"
+            )
+    return settings
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +147,10 @@ def _signature(
     """
     keyword = inspect.Parameter.KEYWORD_ONLY
     config = typer.Option(help="YAML file with any of the options below.")
-    resume = typer.Option("--resume", help="Continue from the newest good checkpoint in --out.")
+    resume = typer.Option(
+        "--resume",
+        help="Continue from the newest good checkpoint in --out; its config.yaml says what is not given here.",
+    )
     parameters = [
         inspect.Parameter("config", keyword, default=None, annotation=Annotated[str | None, config]),
         inspect.Parameter("resume", keyword, default=False, annotation=Annotated[bool, resume]),

@@ -41,6 +41,10 @@ class Work:
         self.has_results = True
         self.passed(name)
 
+    def back_to(self, name: str) -> None:
+        """What comes after this image was done in vain."""
+        self.passed(name)
+
     def passed(self, name: str) -> None:
         """`finished`, but maybe none could be read."""
         self._progress.update(self._numbers[name])
@@ -48,7 +52,7 @@ class Work:
 
 @contextmanager
 def keeping(
-    context: typer.Context, names: list[str], write: Callable[[Work], object], rest_elsewhere: bool = True
+    context: typer.Context, names: list[str], write: Callable[[Work], Exception | None], rest_elsewhere: bool = True
 ) -> Iterator[Work]:
     """Call `write` at the end of the block, and where a signal or an error ends it early, once an image is done.
 
@@ -57,16 +61,17 @@ def keeping(
     Args:
         context: of the command, which has the options --skip, --limit and --out.
         names: of the images.
-        write: keeps what is done.
+        write: keeps what is done. Where that is not all, `Work.back_to` says so, and it returns the reason.
         rest_elsewhere: whether what is left has to go to another --out, since `write` would replace what is there.
     """
 
-    def end(early: bool) -> None:
-        if work.has_results:
-            write(work)
-        if 0 < work.done < len(names) and early:
+    def end() -> None:
+        problem = write(work) if work.has_results else None
+        if 0 < work.done < len(names):
             how = _rest(context, work.done, rest_elsewhere)
             tell(f"{work.done:,} of {len(names):,} images are done; go on with: {how}")
+        if problem:
+            raise problem
 
     with stop_on_signals() as stop:
         try:
@@ -74,9 +79,9 @@ def keeping(
                 work = Work(names, stop, progress)
                 yield work
         except Exception:
-            end(early=True)
+            end()
             raise
-        end(early=stop.requested)
+        end()
     if stop.signal:
         raise SystemExit(128 + stop.signal)
 

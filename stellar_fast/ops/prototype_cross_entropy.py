@@ -381,7 +381,8 @@ def prototype_cross_entropy(
 
     Returns:
         0-dim fp32 loss, with `split_sizes` (N,), with gradients for features and prototypes. Products are taken in the
-        wider of the dtypes of features and prototypes, under autocast in its dtype; softmax, sums and gradients are
+        wider of the dtypes of features and prototypes, under autocast in its dtype (in fp32 where a CPU multiplies no
+        bf16); softmax, sums and gradients are
         fp32, and the same every time. On a CPU in bf16 the gradient of the logits is stored as bf16, and each block's
         products with it are rounded to bf16 before they are summed in fp32. Logits, probabilities and gathered targets
         exist for a tile at a time, never for all of (R, C). Scores of any size that fp32 holds are served (tried up to

@@ -19,7 +19,7 @@ from stellar_fast.train.checkpoint import remove_leftovers, remove_old
 from stellar_fast.train.config import TrainConfig
 from stellar_fast.train.loggers import JsonLines, Logger, TensorBoard, read_records
 
-CONFIG, METRICS, EVENTS = "config.yaml", "metrics.jsonl", "tensorboard"
+CONFIG, METRICS, EVENTS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints"
 
 
 class RunFolder:
@@ -32,7 +32,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.path = Path(config.out)
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = self.path / CHECKPOINTS
         self._made: list[Path] = []
         self._held = contextlib.ExitStack()
 

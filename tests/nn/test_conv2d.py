@@ -64,7 +64,9 @@ def test_changed_weights_are_seen():
         assert_alike(conv(x), plain(conv, x))
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [FP32, pytest.param(BF16, marks=pytest.mark.onednn_bf16)], ids=["float32", "bfloat16"]
+)
 def test_the_sum_takes_the_streams_memory(dtype):
     conv, x, stream = frozen(5, 5).to(dtype), image(2, 5, 9, 6).to(dtype), torch.ones(2, 5, 9, 6, dtype=dtype)
     x, stream = (t.contiguous(memory_format=torch.channels_last) for t in (x, stream))
@@ -98,7 +100,9 @@ def test_what_is_kept_is_not_part_of_the_module():
         assert torch.equal(again(x), want)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [FP32, pytest.param(BF16, marks=pytest.mark.onednn_bf16)], ids=["float32", "bfloat16"]
+)
 def test_images_of_all_sizes_take_one_layout(dtype):
     conv = frozen(16, 24).to(dtype)
     for size in [(2, 16, 9, 6), (1, 16, 1, 1), (1, 16, 70, 3)]:

@@ -19,6 +19,12 @@ LARGE = (70, 130, 190)  # rows, in, out: above the size from which oneDNN is tak
 GELU = pytest.mark.parametrize("gelu", [None, "input", "output"])
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
+BY_ONEDNN = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.onednn_bf16)],
+    ids=["float32", "bfloat16"],
+)
+
 
 def inputs(rows: int, width: int, out: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +59,7 @@ def test_registration(backend, device, gelu):
     check_registered("linear", backend, device=device, gelu=gelu)
 
 
-@DTYPE
+@BY_ONEDNN
 @pytest.mark.parametrize("widths", [(48, 64), (64, 48), (37, 19)])
 def test_every_way_of_a_product(dtype, widths):
     width, out = widths
@@ -79,14 +85,20 @@ def test_auto_takes_onednn_where_it_suits():
     x, weight, bias = inputs(*LARGE)
     onednn = {("linear", "onednn")}
     assert who_ran(x, weight, bias) == onednn
-    assert who_ran(x.bfloat16(), weight.bfloat16(), None) == onednn
-    with torch.autocast("cpu", torch.bfloat16):
-        assert who_ran(x, weight, bias) == onednn
     assert not who_ran(x[:1, :4], weight[:3, :4], None), "too small"
     assert not who_ran(x.half(), weight.half(), None), "fp16"
     assert not who_ran(x.double(), weight.double(), None), "fp64"
     with use_backend(linear="torch"):
         assert not who_ran(x, weight, bias)
+
+
+@pytest.mark.onednn_bf16
+def test_auto_takes_onednn_for_bf16():
+    x, weight, bias = inputs(*LARGE)
+    onednn = {("linear", "onednn")}
+    assert who_ran(x.bfloat16(), weight.bfloat16(), None) == onednn
+    with torch.autocast("cpu", torch.bfloat16):
+        assert who_ran(x, weight, bias) == onednn
 
 
 def test_processor_without_bf16_products(monkeypatch):
@@ -109,6 +121,7 @@ def test_request_for_onednn_is_honoured_or_raises():
             torch.func.jvp(lambda x: linear(x, weight), (x,), (torch.ones_like(x),))
 
 
+@pytest.mark.onednn_bf16
 @GELU
 def test_autocast(gelu):
     tensors = [t.requires_grad_() for t in inputs(*LARGE)]
@@ -219,7 +232,7 @@ class TestNativeGelu:
 
 
 @pytest.mark.parametrize("gelu", ["input", "output"])
-@DTYPE
+@BY_ONEDNN
 def test_gelu_without_the_native_module(monkeypatch, gelu, dtype):
     monkeypatch.setattr(native, "available", lambda: False)
     check_op("linear", "onednn", "small", dtype, gelu=gelu)
@@ -249,6 +262,7 @@ def test_mixed_dtypes_are_refused():
         linear(x, weight.bfloat16(), bias.bfloat16())
 
 
+@pytest.mark.onednn_bf16
 def test_every_backend_returns_the_same_dtype():
     x, weight, bias = (t.bfloat16() for t in inputs(*LARGE))
     for name in ("onednn", "torch", "reference"):
