@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from stellar_fast.files import null_if_not_finite, plain_name, write_atomically
+# stellar_fast.files is imported where it is used: an earlier package (against.py) may lack a name of it.
 
 FOLDER = Path(__file__).parent / "results"
 NOTHING = float("nan")  # in a row: not measured; an empty field in CSV, null in JSON
@@ -101,6 +101,8 @@ COLUMNS = {
 
 def result_path(folder: Path, facts: Mapping[str, str | int]) -> Path:
     """<folder>/<device>-torch<version>-<date>.csv"""
+    from stellar_fast.files import plain_name
+
     device = plain_name(str(facts["device_name"]))
     version = str(facts["torch"]).split("+")[0]
     return folder / f"{device}-torch{version}-{str(facts['date'])[:10]}.csv"
@@ -128,6 +130,8 @@ def append_rows(path: Path, rows: Sequence[Row]) -> Path:
     Raises:
         ValueError: the file has columns that are not known.
     """
+    from stellar_fast.files import null_if_not_finite, write_atomically
+
     old = _csv_lines(path) if path.exists() else []
     _check_columns(path, old)
     text = io.StringIO()

@@ -26,11 +26,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a hook may see, and keep, what the parts of `module` pass on; a compiler knows that for itself."""
+    """Whether a hook may see, and keep, what the parts of `module` pass on; a compiler knows that for itself.
+
+    A hook on `module` itself sees what goes in and what comes out alone.
+    """
     if torch.compiler.is_compiling():
         return False
     return bool(hooks._has_any_global_hook()) or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in module.modules()
+        if m is not module
     )
 
 

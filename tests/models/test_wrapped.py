@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stellar_fast import StellarEncoder, StellarModel, VQGANConfig
 from stellar_fast.nn.linear import Linear
 from stellar_fast.nn.patch_unembed import PatchUnembed
-from stellar_fast.nn.plain import is_plain
+from stellar_fast.nn.plain import is_plain, is_watched
 from tests.conftest import SMALL_DECODER, SMALL_ENCODER, SMALL_KWARGS
 
 VQGAN = VQGANConfig((1, 1, 1, 2), 4, hidden_channels=32, num_res_blocks=1, z_channels=8, num_embeddings=16)
@@ -485,3 +485,18 @@ def test_what_hooks_of_the_vqgan_keep_stays():
     assert len(kept) > 20
     for now, then in zip(kept, copies, strict=True):
         assert torch.equal(now, then)
+
+
+def test_a_hook_on_a_whole_network_of_the_vqgan_is_no_hook_on_its_parts():
+    """It sees what goes in and comes out, both of which stay, so that memory is used again as without it."""
+    vqgan = build(torch.float32, vq_model=VQGAN).tokenizer
+    kept = []
+    vqgan.encoder.register_forward_hook(lambda module, inputs, out: kept.extend((*inputs, out)))
+    assert not is_watched(vqgan.encoder)
+    images = torch.rand(1, 3, 32, 32)
+    vqgan.encode(images)
+    copies = [t.clone() for t in kept]
+    vqgan.encode(images.flip(-1))
+    assert all(map(torch.equal, kept, copies))
+    vqgan.encoder.down[0].register_forward_hook(lambda *_: None)
+    assert is_watched(vqgan.encoder)
