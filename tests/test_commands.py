@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,14 +73,6 @@ class Stub(nn.Module):
 
     def reconstruct(self, features: Any, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
         return {"reconstruction": features["sparse"][:, :1, :1, None].expand(-1, 3, SIZE, SIZE)}
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """As a terminal starts a process, whatever started this one (nohup ignores HUP)."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
