@@ -328,6 +328,10 @@ class TestErrors:
         assert parts[0][0]["images"] == "5 of 7"
         assert parts[0][1] + parts[1][1] == whole[1]
         assert torch.equal(torch.cat([part[2]["cls"] for part in parts]), whole[2]["cls"])
+        before = (tmp_path / "all.st").read_bytes()  # fuller features stay, and the part goes beside them
+        result = run("encode", "--out", "all.st", at=at(4, lambda: free.append(2**16 + 700)))
+        assert result.exit_code == 2 and (tmp_path / "all.st").read_bytes() == before
+        assert len(read(tmp_path / f"all.st.{os.getpid()}")[1]) == 4
 
     def test_a_disk_without_room_is_told_with_the_first_images(
         self, run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -83,7 +83,7 @@ def encode(
     encoder = load(weights, model, device)
 
     def write(work: Work) -> OSError | None:
-        place, reason, full = out, "", None
+        place, reason = out, ""
         try:
             file = target()
         except ValueError as error:  # somebody took the name meanwhile
@@ -99,16 +99,13 @@ def encode(
         try:
             features.write(file, about)
         except OSError as error:
-            if not is_of_full_disk(error):
-                raise
-            full = error
-            features.cut_to_room()
-            if not features.names or file.exists():
+            if not is_of_full_disk(error) or not features.cut_to_room():
                 raise
             work.back_to(features.names[-1])
-            features.write(file, about | {"images": f"{work.done} of {len(names)}"})
+            write(work)
+            return error
         tell(f"{len(features.names)} images in {shown(place)}")
-        return full
+        return None
 
     with keeping(context, names, write) as work:
         for found, batch in batches(

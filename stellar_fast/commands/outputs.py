@@ -125,11 +125,13 @@ class Features:
         folder = next(folder for folder in (self._folder, *self._folder.parents) if folder.exists())
         return folder, shutil.disk_usage(folder).free
 
-    def cut_to_room(self) -> None:
-        """Keep no more images than the disk has room for."""
+    def cut_to_room(self) -> bool:
+        """Keep the images that the disk has room for, or half where it says that all fit (a quota); False: none."""
         of_names = 3 * len(json.dumps(_json(self.names))) // max(1, len(self.names))  # names differ in length
         of_each = sum(tensor[:1].nbytes for tensor in self.tensors.values()) + of_names
-        del self.names[max(0, self._room()[1] - 2**16) // of_each :]
+        fit = max(0, self._room()[1] - 2**16) // of_each
+        del self.names[fit if fit < len(self.names) else len(self.names) // 2 :]
+        return bool(self.names)
 
     def write(self, path: Path, metadata: dict[str, str]) -> None:
         """The file, appearing whole: float32 tensors, and in the metadata `names` (as JSON) and what is given."""
